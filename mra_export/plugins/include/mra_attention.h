@@ -1,0 +1,91 @@
+/* mra_attention: MRA attention (Zeng et al., ICML 2022), plain C API. Meaning of the operator: docs/operator.md.
+ *
+ * The library allocates nothing, keeps no state, prints nothing and starts no thread of its own: memory and threads come from the
+ * caller. Every function may be called from several threads at once, each call with its own workspace.
+ */
+#ifndef MRA_ATTENTION_H_
+#define MRA_ATTENTION_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MRA_API __declspec(dllexport)
+#else
+#define MRA_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised by every change of meaning or of a struct below; equals CONTRACT_VERSION in mra_export/contract.py. */
+#define MRA_ATTENTION_CONTRACT_VERSION 1
+#define MRA_ATTENTION_BLOCK_SIZE 32
+
+typedef enum MraStatus {
+  MRA_OK = 0,
+  MRA_ERROR_NULL_POINTER = 1,
+  MRA_ERROR_STRUCT_SIZE = 2, /* struct_size is not that of this header: caller and library differ in version */
+  MRA_ERROR_DTYPE = 3,
+  MRA_ERROR_BATCH = 4,
+  MRA_ERROR_LENGTH = 5,
+  MRA_ERROR_NUM_HEADS = 6,
+  MRA_ERROR_HEAD_SIZE = 7,
+  MRA_ERROR_NUM_BLOCKS = 8,
+  MRA_ERROR_APPROX_MODE = 9,
+  MRA_ERROR_PRIOR = 10,
+  MRA_ERROR_SCALE = 11,
+  MRA_ERROR_WORKSPACE = 12, /* workspace smaller than mra_attention_*_workspace_size, or not 64-byte aligned */
+  MRA_ERROR_CUDA = 13,      /* a CUDA launch failed */
+  MRA_ERROR_NOT_BUILT = 14  /* this library was built without that device */
+} MraStatus;
+
+typedef enum MraDtype { MRA_FLOAT32 = 0, MRA_FLOAT16 = 1, MRA_BFLOAT16 = 2 } MraDtype;
+
+typedef enum MraApproxMode { MRA_APPROX_FULL = 0, MRA_APPROX_SPARSE = 1 } MraApproxMode;
+
+typedef struct MraAttentionParams {
+  uint32_t struct_size; /* sizeof(MraAttentionParams) */
+  int32_t dtype;        /* MraDtype of query, key, value and context */
+  int64_t batch;        /* B >= 1 */
+  int64_t length;       /* N >= 1 tokens, any number */
+  int32_t num_heads;    /* H >= 1 */
+  int32_t head_size;    /* D, 8 to 256 */
+  int64_t num_blocks;   /* K >= 1 exact 32 x 32 blocks per batch row and head */
+  int32_t approx_mode;  /* MraApproxMode */
+  int32_t initial_prior_first_n_blocks;    /* F >= 0 */
+  int32_t initial_prior_diagonal_n_blocks; /* G >= 0 */
+  int32_t padding_invariant;               /* 0 or 1 */
+  float scale;                             /* factor on each logit, positive and finite */
+  uint32_t reserved;                       /* 0 */
+} MraAttentionParams;
+
+/* The caller's threads. parallel_for(pool, count, task, arg) calls task(arg, i) once for each i in [0, count), on any threads in any
+ * order, and returns when all are done. */
+typedef struct MraThreads {
+  void* pool;
+  int32_t num_threads; /* how many may run at once: a hint for how finely to cut the work */
+  void (*parallel_for)(void* pool, int64_t count, void (*task)(void* arg, int64_t index), void* arg);
+} MraThreads;
+
+/* The header's MRA_ATTENTION_CONTRACT_VERSION that the library was built with. */
+MRA_API int32_t mra_attention_contract_version(void);
+
+/* One English sentence for a status; never NULL. */
+MRA_API const char* mra_status_string(MraStatus status);
+
+/* Bytes of workspace that mra_attention_cpu needs for these parameters, for up to num_threads threads. Depends on shapes only. */
+MRA_API MraStatus mra_attention_cpu_workspace_size(const MraAttentionParams* params, int32_t num_threads, size_t* bytes);
+
+/* query, key, value, context: (B, N, H * D) of params->dtype, contiguous. mask: (B, N) int32, 0 = padding, anything else a real token.
+ * workspace: 64-byte aligned. threads: NULL runs on the calling thread alone. The result is bitwise the same for any threads. */
+MRA_API MraStatus mra_attention_cpu(const MraAttentionParams* params, const void* query, const void* key, const void* value,
+                                    const int32_t* mask, void* context, void* workspace, size_t workspace_bytes,
+                                    const MraThreads* threads);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MRA_ATTENTION_H_ */
