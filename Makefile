@@ -1,0 +1,55 @@
+# `make demo` and `make test` are all a newcomer needs: both make .venv and get what they need by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find mra_export/plugins -type f -not -name '*.py')
+OLD := .downloads
+
+.PHONY: help demo test lint format bench clean
+help: ## This list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}: mra_export needs 3.10 or newer, pass another as make PYTHON=python3.12") if v < (3, 10) else None'
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv build/virtualenv; \
+	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet .venv; } || \
+	  { rm -rf .venv; echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# The torch pin goes first and alone: a plain `torch` asked for by another package may pull a CUDA build of several gigabytes.
+.venv/packages: .venv/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing the Python packages (a few minutes the first time)"
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.22" ninja
+	@touch $@
+
+.venv/installed: .venv/packages $(SOURCES)
+	@echo "Building the op libraries and installing mra_export"
+	@$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: .venv/installed ## From the shipped checkpoint to a verified bundle, on real text.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test.
+	@MRA_TEST_ORT_OLD="$(CURDIR)/$(OLD)/onnxruntime" MRA_TEST_TRANSFORMERS_OLD="$(CURDIR)/$(OLD)/transformers" \
+	  $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Old releases that the tests run against, each in a folder of its own. Without a network those tests skip and say so.
+$(OLD)/%: tests/old/%.txt .venv/packages
+	@echo "Fetching the old $* that the tests also run against"
+	@rm -rf $@ && $(PIP) install --target $@ -r $< && touch $@ || { rm -rf $@; echo "No old $* here: its tests will be skipped"; }
+
+lint: .venv/installed ## ruff, mypy and clang-format.
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' | grep -v third_party)
+
+format: .venv/installed ## Rewrite the sources in the project's style.
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' | grep -v third_party)
+
+bench: .venv/installed ## The CPU attention kernel beside torch's own attention.
+	@$(BIN)/python benchmarks/cpu_attention.py
+
+clean: ## Remove what was built, not what was downloaded.
+	@rm -rf build demo-out .venv/installed
