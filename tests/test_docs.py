@@ -1,0 +1,66 @@
+"""Every command and every Python example of README.md and docs/ runs, in order, page by page.
+
+```console blocks: the lines after "$ " are shell commands; what follows a command until the next is what it prints (not compared).
+```python blocks run in one interpreter per page, after that page's commands before them.
+A block marked ```console title=gpu needs a GPU, ```console title=setup is what the newcomer runs before anything else (make ...).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```(console|python)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    return [(language, info.strip(), body) for language, info, body in BLOCK.findall(page.read_text())]
+
+
+def commands(body: str) -> list[str]:
+    joined = body.replace("\\\n", " ")
+    return [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_page_runs(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    for number, (language, info, body) in enumerate(blocks(page)):
+        if info:
+            continue  # gpu and setup blocks: run by `make gpu-check` and by the newcomer
+        todo = [["bash", "-euc", command] for command in commands(body)]
+        if language == "python":
+            script = tmp_path / f"block_{number}.py"
+            script.write_text(body)
+            todo = [[sys.executable, str(script)]]
+        for command in todo:
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{page.name}: {command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_setup_commands_are_make_targets() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for _, info, body in blocks(page):
+            if info == "title=setup":
+                for command in commands(body):
+                    assert command.startswith("make ") and command.split()[1] in targets, f"{page.name}: {command}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_examples_are_shipped() -> None:
+    assert shutil.which("bash"), "the demo is a bash script"
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / "demo.sh")], check=True)
