@@ -1,0 +1,23 @@
+"""MRA in PyTorch: configuration, reference attention, the mra::attention operator, and a model for each task."""
+
+from mra_export.model.configuration import MraConfig
+from mra_export.model.modeling import (
+    MraForMaskedLM,
+    MraForMultipleChoice,
+    MraForQuestionAnswering,
+    MraForSequenceClassification,
+    MraForTokenClassification,
+    MraModel,
+    MraPreTrainedModel,
+)
+
+__all__ = [
+    "MraConfig",
+    "MraForMaskedLM",
+    "MraForMultipleChoice",
+    "MraForQuestionAnswering",
+    "MraForSequenceClassification",
+    "MraForTokenClassification",
+    "MraModel",
+    "MraPreTrainedModel",
+]
