@@ -1,10 +1,11 @@
 """The MraAttention operator as an ONNX function of standard ops: what runs where our kernel library is not loaded.
 
-The body is the dense identity of docs/operator.md: attention whose logits are replaced, outside the chosen 32 x 32 blocks, by the logit of the
-block means. It forms N x N logits per head, so it is a correct fallback, not a fast path. The numbers in its comments are that page's steps.
+The body is the dense identity of docs/operator.md: attention whose logits are replaced, outside the chosen 32 x 32 blocks, by the
+logit of the block means. It forms N x N logits per head, so it is a correct fallback, not a fast path. The numbers in its comments
+are that page's steps.
 
-The attributes are written into the body as literals (a graph cannot branch on a string attribute in TensorRT), so every node that calls the
-function must carry exactly these attributes.
+The attributes are written into the body as literals (a graph cannot branch on a string attribute in TensorRT), so every node that
+calls the function must carry exactly these attributes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def check_opset(opset: int) -> None:
 def function_proto(attributes: Attributes, dtype: str, opset: int) -> onnx.FunctionProto:
     """The function mra.MraAttention(query, key, value, mask) -> context, for these attributes.
 
-    query, key, value, context: (B, N, H * D) of `dtype` ("fp32", "fp16", "bf16"); mask: (B, N) int32, 0 = padding. Any B >= 1 and N >= 1.
+    query, key, value, context: (B, N, H * D) of `dtype` ("fp32", "fp16", "bf16"); mask: (B, N) int32, 0 = padding. Any B >= 1, N >= 1.
     opset: version of the standard ops, 18 to 23. Raises ContractError on another dtype or opset.
     """
     check_opset(opset)

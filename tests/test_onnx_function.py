@@ -1,4 +1,4 @@
-"""The function body of standard ops, in ONNX Runtime without our library and in onnx's own evaluator, against the float64 formula."""
+"""The function body of standard ops, in ONNX Runtime without our library and in onnx's evaluator, against the float64 formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 32
 
 
 def dense_float64(query, key, value, mask, attributes: Attributes):
-    """docs/operator.md written down pair by pair in float64 -> (context (B, N, H * D), smallest score gap at the selection's edge)."""
+    """docs/operator.md written down pair by pair in float64 -> (context (B, N, H * D), score gap at the selection's edge)."""
     B, N, hidden = query.shape
     H = attributes.num_heads
     D = hidden // H
@@ -217,7 +217,7 @@ def test_ties_go_to_the_lower_index_and_exclude_every_tied_pair(run, mode):
     expected, _ = dense_float64(**feeds, attributes=attributes)
     context = run(one_node_model(attributes), feeds)
     np.testing.assert_allclose(context, expected, rtol=0, atol=1e-5)
-    # Six pairs are chosen in flat order: block row 0 and half of row 1. The rest ties with the last one and is dropped: no weight is left.
+    # Six pairs are chosen in flat order: block row 0 and half of row 1. The rest ties with the last one and is dropped.
     assert np.abs(context[0, 32:64]).max() > 0
     assert not context[0, 64:].any()
 
