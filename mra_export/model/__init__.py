@@ -1,6 +1,7 @@
 """MRA in PyTorch: configuration, reference attention, the mra::attention operator, and a model for each task."""
 
 from mra_export.model.configuration import MraConfig
+from mra_export.model.loading import TASKS, load
 from mra_export.model.modeling import (
     MraForMaskedLM,
     MraForMultipleChoice,
@@ -12,6 +13,7 @@ from mra_export.model.modeling import (
 )
 
 __all__ = [
+    "TASKS",
     "MraConfig",
     "MraForMaskedLM",
     "MraForMultipleChoice",
@@ -20,4 +22,5 @@ __all__ = [
     "MraForTokenClassification",
     "MraModel",
     "MraPreTrainedModel",
+    "load",
 ]

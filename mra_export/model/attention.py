@@ -1,7 +1,7 @@
 """MRA attention in plain torch: the reference that every other implementation is compared with.
 
-docs/operator.md is the meaning; "step n" below is its numbering. Block-sparse: the largest tensors have one 32 x 32 tile for each chosen
-block, never N x N. Any device; differentiable with the selection held fixed.
+docs/operator.md is the meaning; "step n" below is its numbering. Block-sparse: the largest tensors have one 32 x 32 tile for each
+chosen block, never N x N. Any device; differentiable with the selection held fixed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Selection:
     """Which block pairs are exact, and how close the decision was. nb = ceil(N / 32).
 
-    chosen: (B, H, nb, nb) bool, the min(K, nb * nb) block pairs computed exactly; axis 2 is the query block i, axis 3 the key block j.
-    excluded: (B, H, nb, nb) bool, the pairs that get no low-resolution weight: the chosen ones and those tied with the last of them.
+    chosen: (B, H, nb, nb) bool, the min(K, nb * nb) block pairs computed exactly; axis 2 is query block i, axis 3 key block j.
+    excluded: (B, H, nb, nb) bool, the pairs without a low-resolution weight: the chosen ones and those tied with the last of them.
     score_class: (B, H, nb, nb) int64, priors that the pair has, less 2 when it is dead; compared first.
     score: (B, H, nb, nb) float32 (float64 for float64 inputs), l_ij - r_i; compared second.
     margin: (B, H), distance from the lowest chosen score to the best one not chosen in the same class; inf when there is none.
@@ -47,7 +47,7 @@ class _Blocks(NamedTuple):
     key: Tensor  # (B, H, nb, 32, D)
     value: Tensor  # (B, H, nb, 32, D)
     real: Tensor  # (B, 1, nb, 32) bool
-    count: Tensor  # (B, 1, nb) real tokens of each block
+    token_count: Tensor  # (B, 1, nb) real tokens of each block
 
 
 @overload
@@ -101,7 +101,7 @@ def mra_attention(
         blocks = _cut(query, key, value, mask, attributes.num_heads, head_size)
         logit = _block_logit(blocks, attributes.scale)
         if selection is None:
-            selection = _select(logit.detach(), blocks.count, attributes)
+            selection = _select(logit.detach(), blocks.token_count, attributes)
         context = _join(_attend(blocks, logit, selection, attributes), query)
     return (context, selection) if return_selection else context
 
@@ -139,7 +139,7 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
 
 def _block_logit(blocks: _Blocks, scale: float) -> Tensor:
     """l_ij of step 2, not lowered for dead pairs: (B, H, nb, nb)."""
-    divisor = (blocks.count + EPSILON)[..., None]
+    divisor = (blocks.token_count + EPSILON)[..., None]
     query_mean = blocks.query.sum(-2) / divisor
     key_mean = blocks.key.sum(-2) / divisor
     return scale * (query_mean @ key_mean.transpose(-1, -2))
@@ -199,9 +199,9 @@ class _Weights(NamedTuple):
 
 
 def _weights(blocks: _Blocks, logit: Tensor, selection: Selection, attributes: Attributes) -> _Weights:
-    batch, heads, nb, _, head_size = blocks.query.shape
+    batch, heads, nb = blocks.query.shape[:3]
     rows = batch * heads * nb
-    has_keys = blocks.count[:, :, None, :] > 0  # (B, 1, 1, nb)
+    has_keys = blocks.token_count[:, :, None, :] > 0  # (B, 1, 1, nb)
 
     pair = (selection.chosen & has_keys).flatten().nonzero().squeeze(-1)
     query_row = pair // nb
@@ -229,7 +229,7 @@ def _weights(blocks: _Blocks, logit: Tensor, selection: Selection, attributes: A
         block_max = low_max.masked_fill(low_max == -math.inf, 0.0).view(batch, heads, nb, 1)
         block = torch.exp(low_logit - block_max)
         correction = torch.exp(low_max - token_max)
-        total = total + correction * (block * blocks.count[:, :, None, :]).sum(-1).view(rows, 1)
+        total = total + correction * (block * blocks.token_count[:, :, None, :]).sum(-1).view(rows, 1)
     return _Weights(query_row, key_row, tile, block, correction, total)
 
 
@@ -256,13 +256,13 @@ def mra_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for grad, that of the context; all (B, N, H * D) of one dtype. The selection is held fixed.
 
-    Written out because an operator's backward cannot itself run autograd where it is compiled; it equals autograd of `mra_attention`.
+    Written out because an operator cannot run autograd inside itself; it equals autograd of `mra_attention`.
     """
     head_size = check_inputs(query, key, value, mask, attributes.num_heads)
     with torch.autocast(query.device.type, enabled=False):
         blocks = _cut(query, key, value, mask, attributes.num_heads, head_size)
         logit = _block_logit(blocks, attributes.scale)
-        weights = _weights(blocks, logit, _select(logit, blocks.count, attributes), attributes)
+        weights = _weights(blocks, logit, _select(logit, blocks.token_count, attributes), attributes)
         query_row, key_row = weights.query_row, weights.key_row
         query_tile, key_tile, value_tile = (
             _tiles(blocks.query, query_row),
@@ -291,9 +291,9 @@ def mra_attention_backward(
         if weights.block is not None and weights.correction is not None:
             d_block_numerator = (weights.correction[..., None] * d_numerator).sum(1).view_as(value_sum)
             d_block_total = (weights.correction * d_total).sum(1).view(*value_sum.shape[:-1], 1)
-            d_block = d_block_numerator @ value_sum.transpose(-1, -2) + d_block_total * blocks.count[:, :, None, :]
+            d_block = d_block_numerator @ value_sum.transpose(-1, -2) + d_block_total * blocks.token_count[:, :, None, :]
             d_logit = attributes.scale * d_block * weights.block
-            divisor = (blocks.count + EPSILON)[..., None]
+            divisor = (blocks.token_count + EPSILON)[..., None]
             query_mean, key_mean = blocks.query.sum(-2) / divisor, blocks.key.sum(-2) / divisor
             d_query += ((d_logit @ key_mean) / divisor).flatten(0, 2)[:, None, :]
             d_key += ((d_logit.transpose(-1, -2) @ query_mean) / divisor).flatten(0, 2)[:, None, :]

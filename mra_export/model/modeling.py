@@ -1,17 +1,17 @@
 """MRA models on transformers' PreTrainedModel, with transformers' module names: checkpoints load in both directions.
 
-What differs from transformers: attention runs on any device (mra::attention), batches may be ragged, lengths need not be multiples of
-32, and head_mask is applied. Shapes: B batch, N length in tokens, C hidden_size, H heads.
+What differs from transformers: attention runs on any device (mra::attention), batches may be ragged, lengths need not be multiples
+of 32, and head_mask is applied. Shapes: B batch, N length in tokens, C hidden_size, H heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
@@ -92,8 +92,8 @@ class MraSelfAttention(nn.Module):
                 a.padding_invariant,
             )
         if head_mask is not None:
-            heads = context.unflatten(-1, (self.attributes.num_heads, -1))
-            context = (heads * head_mask.to(context.dtype)[:, None]).flatten(-2)
+            head_size = context.shape[-1] // self.attributes.num_heads
+            context = context * head_mask.to(context.dtype).repeat_interleave(head_size)
         return context
 
 
@@ -156,10 +156,12 @@ class MraLayer(nn.Module):
 
 
 class MraEncoder(nn.Module):
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(self, config: MraConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList([MraLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False  # transformers sets this and _gradient_checkpointing_func
+        self.gradient_checkpointing = False  # transformers sets this and the function above
 
     def forward(self, hidden_states: Tensor, mask: Tensor, head_mask: Tensor | None) -> list[Tensor]:
         """The embeddings and each layer's output: num_hidden_layers + 1 tensors (B, N, C). head_mask: (layers, H)."""
@@ -195,9 +197,9 @@ class MraPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                if not getattr(module.weight, "_is_hf_initialized", False):
-                    nn.init.zeros_(module.weight[module.padding_idx])
+            loaded = getattr(module.weight, "_is_hf_initialized", False)  # a flag that a slice of the weight does not carry
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and not loaded:
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -298,8 +300,9 @@ class MraModel(MraPreTrainedModel):
         if attention_mask is None:
             return torch.ones(shape, dtype=torch.int32, device=tokens.device)
         if attention_mask.dim() != 2 or tuple(attention_mask.shape) != shape:
+            given = tuple(attention_mask.shape)
             raise ContractError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, the input {shape}: pass a mask of the same shape, 1 = real token"
+                f"attention_mask has shape {given}, the input {shape}: pass a mask of the same shape, 1 = real token"
             )
         return (attention_mask != 0).to(torch.int32)
 
@@ -398,7 +401,7 @@ class MraForMaskedLM(MraPreTrainedModel):
             True,
         )
         logits = self.cls(outputs.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return _finish(MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states), self._wants_dict(return_dict))
 
 
@@ -440,8 +443,8 @@ class MraForSequenceClassification(MraPreTrainedModel):
     ) -> tuple[Any, ...] | SequenceClassifierOutput:
         """logits: (B, num_labels). Other arguments: MraModel.forward.
 
-        labels: (B,) int64 for config.problem_type single_label_classification; (B, num_labels) for multi_label_classification and for
-        regression, (B,) for regression on one value. A problem_type of None is read off num_labels and the labels' dtype.
+        labels: (B,) int64 for config.problem_type single_label_classification; (B, num_labels) for multi_label_classification
+        and regression; (B,) for regression on one value. A problem_type of None is read off num_labels and the labels' dtype.
         """
         outputs = self.mra(
             input_ids,
@@ -470,14 +473,14 @@ class MraForSequenceClassification(MraPreTrainedModel):
             else:
                 problem = "multi_label_classification"
         if problem == "single_label_classification":
-            return F.cross_entropy(logits, labels.view(-1).long())
+            return nn.functional.cross_entropy(logits, labels.view(-1).long())
         if labels.numel() != logits.numel():
             raise ContractError(f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}: pass one label a logit")
         labels = labels.view_as(logits).to(logits.dtype)
         if problem == "regression":
-            return F.mse_loss(logits, labels)
+            return nn.functional.mse_loss(logits, labels)
         if problem == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels)
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
         raise ContractError(
             f"config.problem_type is {problem!r}: use one of regression, single_label_classification, multi_label_classification"
         )
@@ -529,9 +532,9 @@ class MraForMultipleChoice(MraPreTrainedModel):
             output_hidden_states,
             True,
         )
-        pooled = F.relu(self.pre_classifier(outputs.last_hidden_state[:, 0]))
+        pooled = nn.functional.relu(self.pre_classifier(outputs.last_hidden_state[:, 0]))
         logits = self.classifier(pooled).view(-1, cast(Tensor, tokens).shape[1])
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return _finish(
             MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states), self._wants_dict(return_dict)
         )
@@ -561,7 +564,7 @@ class MraForTokenClassification(MraPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> tuple[Any, ...] | TokenClassifierOutput:
-        """logits: (B, N, num_labels). labels: (B, N) int64, -100 and masked tokens not scored. Other arguments: MraModel.forward."""
+        """logits: (B, N, num_labels). labels: (B, N) int64, not scored where -100 or masked. Other arguments: MraModel.forward."""
         outputs = self.mra(
             input_ids,
             attention_mask,
@@ -578,7 +581,7 @@ class MraForTokenClassification(MraPreTrainedModel):
         if labels is not None:
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, -100)
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         return _finish(
             TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states), self._wants_dict(return_dict)
         )
@@ -627,7 +630,7 @@ class MraForQuestionAnswering(MraPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             outside = start_logits.shape[1]
             losses = [
-                F.cross_entropy(logits, positions.view(-1).clamp(0, outside), ignore_index=outside)
+                nn.functional.cross_entropy(logits, positions.view(-1).clamp(0, outside), ignore_index=outside)
                 for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
             ]
             loss = (losses[0] + losses[1]) / 2
