@@ -22,6 +22,8 @@ extern "C" {
 /* Raised by every change of meaning or of a struct below; equals CONTRACT_VERSION in mra_export/contract.py. */
 #define MRA_ATTENTION_CONTRACT_VERSION 1
 #define MRA_ATTENTION_BLOCK_SIZE 32
+#define MRA_ATTENTION_MIN_HEAD_SIZE 8
+#define MRA_ATTENTION_MAX_HEAD_SIZE 256
 
 typedef enum MraStatus {
   MRA_OK = 0,
@@ -36,9 +38,13 @@ typedef enum MraStatus {
   MRA_ERROR_APPROX_MODE = 9,
   MRA_ERROR_PRIOR = 10,
   MRA_ERROR_SCALE = 11,
-  MRA_ERROR_WORKSPACE = 12, /* workspace smaller than mra_attention_*_workspace_size, or not 64-byte aligned */
-  MRA_ERROR_CUDA = 13,      /* a CUDA launch failed */
-  MRA_ERROR_NOT_BUILT = 14  /* this library was built without that device */
+  MRA_ERROR_WORKSPACE = 12,  /* workspace smaller than mra_attention_*_workspace_size, or not 64-byte aligned */
+  MRA_ERROR_CUDA = 13,       /* a CUDA launch failed */
+  MRA_ERROR_NOT_BUILT = 14,  /* this library was built without that device */
+  MRA_ERROR_FLAG = 15,       /* padding_invariant is neither 0 nor 1, or reserved is not 0 */
+  MRA_ERROR_TOO_LARGE = 16,  /* tensors or workspace of these shapes exceed what can be addressed */
+  MRA_ERROR_CPU_TARGET = 17, /* MRA_ATTENTION_CPU_TARGET names instructions that the library or the machine does not have */
+  MRA_ERROR_THREADS = 18     /* num_threads below 1, or no parallel_for */
 } MraStatus;
 
 typedef enum MraDtype { MRA_FLOAT32 = 0, MRA_FLOAT16 = 1, MRA_BFLOAT16 = 2 } MraDtype;
@@ -46,26 +52,26 @@ typedef enum MraDtype { MRA_FLOAT32 = 0, MRA_FLOAT16 = 1, MRA_BFLOAT16 = 2 } Mra
 typedef enum MraApproxMode { MRA_APPROX_FULL = 0, MRA_APPROX_SPARSE = 1 } MraApproxMode;
 
 typedef struct MraAttentionParams {
-  uint32_t struct_size; /* sizeof(MraAttentionParams) */
-  int32_t dtype;        /* MraDtype of query, key, value and context */
-  int64_t batch;        /* B >= 1 */
-  int64_t length;       /* N >= 1 tokens, any number */
-  int32_t num_heads;    /* H >= 1 */
-  int32_t head_size;    /* D, 8 to 256 */
-  int64_t num_blocks;   /* K >= 1 exact 32 x 32 blocks per batch row and head */
-  int32_t approx_mode;  /* MraApproxMode */
+  uint32_t struct_size;                    /* sizeof(MraAttentionParams) */
+  int32_t dtype;                           /* MraDtype of query, key, value and context */
+  int64_t batch;                           /* B >= 1 */
+  int64_t length;                          /* N >= 1 tokens, any number */
+  int32_t num_heads;                       /* H >= 1 */
+  int32_t head_size;                       /* D, 8 to 256 */
+  int64_t num_blocks;                      /* K >= 1 exact 32 x 32 blocks per batch row and head */
+  int32_t approx_mode;                     /* MraApproxMode */
   int32_t initial_prior_first_n_blocks;    /* F >= 0 */
-  int32_t initial_prior_diagonal_n_blocks; /* G >= 0 */
+  int32_t initial_prior_diagonal_n_blocks; /* G >= 0; 0: no diagonal prior */
   int32_t padding_invariant;               /* 0 or 1 */
   float scale;                             /* factor on each logit, positive and finite */
   uint32_t reserved;                       /* 0 */
 } MraAttentionParams;
 
 /* The caller's threads. parallel_for(pool, count, task, arg) calls task(arg, i) once for each i in [0, count), on any threads in any
- * order, and returns when all are done. */
+ * order, and returns when all are done. mra_threads.h has two ready-made ones. */
 typedef struct MraThreads {
   void* pool;
-  int32_t num_threads; /* how many may run at once: a hint for how finely to cut the work */
+  int32_t num_threads; /* >= 1: how many may run at once, a hint for how finely to cut the work */
   void (*parallel_for)(void* pool, int64_t count, void (*task)(void* arg, int64_t index), void* arg);
 } MraThreads;
 
@@ -75,6 +81,10 @@ MRA_API int32_t mra_attention_contract_version(void);
 /* One English sentence for a status; never NULL. */
 MRA_API const char* mra_status_string(MraStatus status);
 
+/* The instruction set that mra_attention_cpu runs on here: "avx512", "avx2", "neon" or "baseline"; the environment variable
+ * MRA_ATTENTION_CPU_TARGET, read at the first call, asks for one of them. NULL: it asks for one that is not there. */
+MRA_API const char* mra_attention_cpu_target(void);
+
 /* Bytes of workspace that mra_attention_cpu needs for these parameters, for up to num_threads threads. Depends on shapes only. */
 MRA_API MraStatus mra_attention_cpu_workspace_size(const MraAttentionParams* params, int32_t num_threads, size_t* bytes);
 
@@ -83,6 +93,13 @@ MRA_API MraStatus mra_attention_cpu_workspace_size(const MraAttentionParams* par
 MRA_API MraStatus mra_attention_cpu(const MraAttentionParams* params, const void* query, const void* key, const void* value,
                                     const int32_t* mask, void* context, void* workspace, size_t workspace_bytes,
                                     const MraThreads* threads);
+
+/* What mra_attention_cpu selects, for tests and for comparing runtimes. blocks: (B, H, nb, nb) uint8 with nb = ceil(N / 32): 2 chosen,
+ * 1 excluded but not chosen (tied with the last chosen one), 0 neither. score: NULL or (B, H, nb, nb) float32, l_ij - r_i.
+ * Workspace, mask and threads as above. */
+MRA_API MraStatus mra_attention_cpu_selection(const MraAttentionParams* params, const void* query, const void* key,
+                                              const int32_t* mask, uint8_t* blocks, float* score, void* workspace,
+                                              size_t workspace_bytes, const MraThreads* threads);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,57 @@
+"""Where the compiled libraries are: always found by absolute path, never by the loader's search path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mra_export
+from mra_export.errors import PluginLoadError
+
+DIRECTORY_VARIABLE = "MRA_EXPORT_LIBRARY_DIR"
+"""Environment variable: a folder to take the libraries from instead of the installed package's lib/."""
+
+FILES = {"kernels": "libmra_attention.so", "ort_ops": "libmra_ort.so", "trt_plugin": "libmra_trt.so"}
+"""Name of a library -> its file."""
+
+_GET_CPU = "`pip install .` in the repository (`pip install -e .` to work on it) with a C++17 compiler (GCC 11, Clang 14 or newer)"
+GET = {
+    "kernels": _GET_CPU,
+    "ort_ops": _GET_CPU,
+    "trt_plugin": "`pip install .` in the repository with an nvcc on PATH (or CUDACXX set) and TensorRT's headers (TENSORRT_ROOT)",
+}
+"""Name of a library -> the command that gets it."""
+
+
+def _file(name: str) -> str:
+    if name not in FILES:
+        raise ValueError(f"library {name!r} is unknown: use one of {', '.join(FILES)}")
+    return FILES[name]
+
+
+def _folders() -> list[Path]:
+    override = os.environ.get(DIRECTORY_VARIABLE)
+    if override:
+        return [Path(override)]
+    return [Path(entry) / "lib" for entry in mra_export.__path__]  # an editable install has two entries: source and site-packages
+
+
+def find(name: str) -> Path | None:
+    """The absolute path of a library ("kernels", "ort_ops" or "trt_plugin"), or None where it was not built."""
+    file = _file(name)
+    for folder in _folders():
+        path = folder / file
+        if path.is_file():
+            return path.resolve()
+    return None
+
+
+def require(name: str) -> Path:
+    """As `find`, but raises PluginLoadError naming what is missing, where it was looked for and the command that gets it."""
+    path = find(name)
+    if path is None:
+        places = ", ".join(str(folder) for folder in _folders())
+        raise PluginLoadError(
+            f"{_file(name)} is not in {places}: build it with {GET[name]}, or point {DIRECTORY_VARIABLE} at its folder"
+        )
+    return path
