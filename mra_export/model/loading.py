@@ -55,10 +55,21 @@ def load(path_or_hub_id: str | Path, task: str = "auto", dtype: torch.dtype = to
         task = task_of(config)
     model_class = TASKS[task]
     try:
-        model, info = model_class.from_pretrained(str(path_or_hub_id), config=config, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            str(path_or_hub_id),
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+        )
     except Exception as error:  # each file format and release of transformers raises its own types
         raise CheckpointError(f"{path_or_hub_id}: the weights cannot be read as {model_class.__name__}: {error}") from error
 
+    # Some releases list keys, others (key, shape in the file, shape in the model).
+    if mismatched := sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{path_or_hub_id}: {_listed(mismatched)} of another shape than config.json and {task} ask for: "
+            "pass the task and the config.json that the checkpoint was trained with"
+        )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{path_or_hub_id}: {_listed(missing)} missing for {task} ({model_class.__name__}): "

@@ -335,7 +335,6 @@ class MraLMPredictionHead(nn.Module):
         self.transform = MraPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self._tie_weights()
 
     def _tie_weights(self) -> None:
         # transformers 4 calls this whenever it ties weights; 5 reads _tied_weights_keys alone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mra_export import kernel
 from mra_export.contract import ATTRIBUTE_NAMES, TORCH_OP, Attributes, check_shapes
 from mra_export.errors import ContractError
 from mra_export.model.attention import check_inputs, mra_attention, mra_attention_backward
@@ -40,17 +41,12 @@ def attention(
         initial_prior_diagonal_n_blocks,
         padding_invariant,
     )
-    if query.device.type == "cpu" and query.dtype in _KERNEL_DTYPES:
-        from mra_export import kernel
-
-        if kernel.available():
-            return _compiled(query, key, value, mask, attributes)
+    if query.device.type == "cpu" and query.dtype in _KERNEL_DTYPES and kernel.available():
+        return _compiled(query, key, value, mask, attributes)
     return mra_attention(query, key, value, mask, attributes)
 
 
 def _compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, attributes: Attributes) -> Tensor:
-    from mra_export import kernel
-
     head_size = check_inputs(query, key, value, mask, attributes.num_heads)
     query, key, value = (x.contiguous() for x in (query, key, value))
     real = (mask != 0).to(torch.int32).contiguous()
