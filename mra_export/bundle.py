@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class ModelInfo(_Strict):
 
 
 class Tensor(_Strict):
-    """A graph input or output. dtype: numpy's name, or bfloat16. axes: a number, or the name of an axis that may change per call."""
+    """A graph input or output. dtype: numpy's name, or bfloat16. axes: a number, or the name of one that may change per call."""
 
     name: str
     dtype: str
@@ -78,8 +78,11 @@ class FileEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """manifest.json. attributes: the operator's attributes, the same in every layer. files: every file but the manifest, by relative
-    POSIX path. parity: the report's rows at export, or null where none was asked for. engines: one row per TensorRT engine."""
+    """manifest.json.
+
+    attributes: the operator's, the same in every layer. files: every file but the manifest, by relative POSIX path.
+    parity: the report's rows at export, or null where none was asked for. engines: one row per TensorRT engine.
+    """
 
     schema_version: int = SCHEMA_VERSION
     contract_version: int = CONTRACT_VERSION
@@ -155,7 +158,7 @@ class Bundle:
         return self.path / name
 
     def golden(self) -> tuple[list[Arrays], list[Arrays]]:
-        """Stored batches and PyTorch's float32 answers to them: (inputs, outputs), one dict of arrays per batch. Raises BundleError."""
+        """(inputs, outputs): stored batches and PyTorch's float32 answers, one dict of arrays per batch. Raises BundleError."""
         path = self.file(GOLDEN)
         sides: dict[str, dict[int, Arrays]] = {"inputs": {}, "outputs": {}}
         try:
@@ -248,10 +251,10 @@ def staged(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+            folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+            folder.mkdir()
         except OSError as error:
             raise BundleError(f"{target.parent} cannot be written to ({error.strerror}): choose another folder") from error
-        folder.chmod(0o755)
         _staging.add(folder)
         yield folder
         _publish(folder, target, force)
@@ -270,8 +273,10 @@ def staged(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
 def _publish(folder: Path, target: Path, force: bool) -> None:
     if not (folder / _STAGED_MANIFEST).is_file():
         raise BundleError(f"no manifest was written for {target}: the export did not finish")
+    readable = folder.stat().st_mode & 0o666  # what the umask leaves; safetensors, for one, writes files that only we could read
     for path in sorted(folder.rglob("*")):
         if path.is_file():
+            path.chmod(readable)
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         else:
@@ -281,7 +286,7 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
     _fsync_folder(folder)
     previous = None
     if target.is_dir() and any(target.iterdir()):
-        previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        previous = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
         target.replace(previous)
     try:
         folder.replace(target)

@@ -48,7 +48,7 @@ def check_opset(opset: int) -> None:
 def function_proto(attributes: Attributes, dtype: str, opset: int) -> onnx.FunctionProto:
     """The function mra.MraAttention(query, key, value, mask) -> context, for these attributes.
 
-    query, key, value, context: (B, N, H * D) of `dtype` ("fp32", "fp16", "bf16"); mask: (B, N) int32, 0 = padding. Any B >= 1, N >= 1.
+    query, key, value, context: (B, N, H * D) of `dtype` ("fp32", "fp16", "bf16"); mask: (B, N) int32, 0 = padding. B, N >= 1.
     opset: version of the standard ops, 18 to 23. Raises ContractError on another dtype or opset.
     """
     check_opset(opset)

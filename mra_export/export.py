@@ -1,0 +1,179 @@
+"""From a checkpoint to a bundle: model.onnx and everything a server needs beside it, in one folder, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+import mra_export
+from mra_export import bundle as bundles
+from mra_export import libraries
+from mra_export.bundle import Manifest, ModelInfo, Tensor
+from mra_export.checkpoint import no_progress_bars, save_checkpoint
+from mra_export.contract import DTYPES, Attributes
+from mra_export.errors import CheckpointError, ContractError
+from mra_export.golden import golden_inputs, golden_outputs
+from mra_export.model import TASKS, MraPreTrainedModel, load
+from mra_export.onnx_function import check_opset, element_type
+from mra_export.onnx_model import Signature, save_checked, signature, to_onnx
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def export_bundle(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    out: str | os.PathLike[str],
+    *,
+    task: str = "auto",
+    dtype: str = "fp32",
+    opset: int = 20,
+    padding_invariant: bool = False,
+    force: bool = False,
+    weights: bool = True,
+    check: Callable[[Path], list[dict[str, Any]]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the bundle of an MRA model to the folder `out`; returns its path. It is there whole or, on any error, not at all.
+
+    model: checkpoint folder, hub id, or a model of `mra_export.model`, which is left as it is.
+    task: one of `mra_export.model.TASKS`, or "auto", from the checkpoint's architecture.
+    dtype: "fp32", "fp16" or "bf16", of weights and float outputs. opset: 18 to 23.
+    padding_invariant: a sequence gives the same result alone and in any batch (docs/operator.md, "Row maximum").
+    force: overwrite a bundle at `out`; anything else there is never touched.
+    weights: also store model.safetensors, which the torch backend and `verify` need.
+    check: called with the finished folder before it is published; its rows become the manifest's parity report.
+    progress: told each step in a few words.
+
+    Raises ContractError (dtype, opset, task), BundleError (`out`), PluginLoadError (no op library), all before any work;
+    CheckpointError for what is not an MRA checkpoint or lacks the task's head.
+    """
+    tell = progress or (lambda text: None)
+    element_type(dtype)
+    check_opset(opset)
+    if task != "auto" and task not in TASKS:
+        raise ContractError(f"task is {task!r}: use auto or one of {', '.join(TASKS)}")
+    op_library = libraries.require("ort_ops")
+    with bundles.staged(out, force) as folder:
+        tell("load the checkpoint")
+        network, source = _network(model, task, dtype)
+        network.set_padding_invariant(padding_invariant)
+        task = next(name for name, kind in TASKS.items() if type(network) is kind)
+        attributes = network.config.attributes(padding_invariant)
+        promised = signature(task, network.config)
+        _copy_tokenizer(source, folder, tell)
+        inputs = golden_inputs(promised, network.config, folder)
+
+        tell(f"export {task}, {dtype}, opset {opset}")
+        graph = to_onnx(network, task, attributes, dtype, opset)
+        tell("write model.onnx and check it")
+        save_checked(graph, folder)
+        del graph
+        tell("write config and weights")
+        save_checkpoint(network, folder)
+        if not weights:
+            (folder / bundles.WEIGHTS).unlink()
+        tell("compute golden outputs")
+        network.float().set_reference_attention(True)
+        bundles.write_golden(folder / bundles.GOLDEN, inputs, golden_outputs(network, promised, inputs))
+        library = folder / bundles.OP_LIBRARY
+        library.parent.mkdir()
+        shutil.copy(op_library, library)
+
+        tell("write the manifest")
+        manifest = _manifest(network, task, dtype, opset, attributes, promised, str(source or type(network).__name__))
+        manifest.files = bundles.list_files(folder)
+        bundles.write_manifest(folder, manifest)
+        del network
+        if check is not None:
+            tell("check the bundle")
+            manifest.parity = check(folder)
+            bundles.write_manifest(folder, manifest)
+        tell(f"publish {out}")
+    return Path(out)
+
+
+def _network(model: str | os.PathLike[str] | PreTrainedModel, task: str, dtype: str) -> tuple[MraPreTrainedModel, str | None]:
+    """An eval-mode model on the CPU that is ours to change, and where its tokenizer is to be looked for."""
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    if not isinstance(model, PreTrainedModel):
+        with no_progress_bars():
+            return load(model if isinstance(model, str) else Path(model), task=task, dtype=torch_dtype), str(model)
+    if not isinstance(model, MraPreTrainedModel):
+        raise CheckpointError(
+            f"model is a {type(model).__module__}.{type(model).__name__}: pass a model of mra_export.model, "
+            "or save it with save_pretrained and pass the folder"
+        )
+    if task != "auto" and type(model) is not TASKS[task]:
+        raise CheckpointError(f"model is a {type(model).__name__}, task {task!r} needs a {TASKS[task].__name__}: pass task='auto'")
+    own = copy.deepcopy(model).to(device="cpu", dtype=torch_dtype).eval()
+    own.set_reference_attention(False)
+    return own, model.config._name_or_path or None
+
+
+def _copy_tokenizer(source: str | None, folder: Path, tell: Callable[[str], None]) -> None:
+    found = []
+    for name in TOKENIZER_FILES if source else ():
+        path = cached_file(
+            source,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            shutil.copyfile(path, folder / name)
+            found.append(name)
+    tell(f"tokenizer: {', '.join(found) or 'the checkpoint has none'}")
+
+
+def _manifest(
+    network: MraPreTrainedModel, task: str, dtype: str, opset: int, attributes: Attributes, promised: Signature, source: str
+) -> Manifest:
+    config = network.config
+    return Manifest(
+        model=ModelInfo(
+            architecture=type(network).__name__,
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            vocab_size=config.vocab_size,
+            type_vocab_size=config.type_vocab_size,
+            num_labels=config.num_labels,
+        ),
+        task=task,
+        dtype=dtype,
+        opset=opset,
+        padding_invariant=attributes.padding_invariant,
+        attributes=attributes.as_dict(),
+        inputs=[Tensor(name=name, dtype="int64", axes=list(axes)) for name, axes in promised.inputs.items()],
+        outputs=[Tensor(name=name, dtype=DTYPES[dtype], axes=list(axes)) for name, axes in promised.outputs.items()],
+        files={},
+        versions={
+            "mra_export": mra_export.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+            "transformers": transformers.__version__,
+        },
+        source=source,
+    )
