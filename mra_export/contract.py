@@ -30,6 +30,29 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """How far a runtime may be from the reference: t in |actual - expected| <= t + t * |expected|.
+
+    operator: one operator against its formula in float64, same inputs, selection forced equal.
+    model: a whole model against PyTorch in float32, selection forced equal.
+    model_free: a whole model against PyTorch in float32, each with its own selection, so that near-ties may fall either way.
+    near_tie: logit units. Two runtimes may choose different blocks where the scores are closer than this, nowhere else.
+    """
+
+    operator: float
+    model: float
+    model_free: float
+    near_tie: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(operator=2e-5, model=2e-4, model_free=2e-3, near_tie=1e-3),
+    "fp16": Tolerance(operator=2e-3, model=3e-2, model_free=1e-1, near_tie=5e-2),
+    "bf16": Tolerance(operator=1.6e-2, model=2e-1, model_free=5e-1, near_tie=4e-1),
+}
+
+
+@dataclass(frozen=True)
 class Attributes:
     """The operator's attributes, in the operator's own order. Validated on construction.
 

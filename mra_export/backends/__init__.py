@@ -1,0 +1,20 @@
+"""One module per library that can run a bundle. `runtime.py` chooses; nothing else imports these but `verify.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Backend(Protocol):
+    """What `MraRuntime` needs of a backend. `run` may be called from several threads at once."""
+
+    name: str
+    device: str
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
+        """The graph's inputs, checked (inputs.py) -> its outputs by name, as numpy arrays or torch tensors."""
+        ...

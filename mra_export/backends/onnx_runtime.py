@@ -1,0 +1,132 @@
+"""ONNX Runtime: the bundle's graph with the op library's kernel, or, without the library, with the graph's own function body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.helper
+import onnxruntime as ort
+
+from mra_export.contract import OP_DOMAIN, OP_TYPE, OP_VERSION, Attributes
+from mra_export.errors import BackendError, PluginLoadError
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+BF16_REFUSED = (
+    "ONNX Runtime's CPU provider has no bfloat16 MatMul: run this bundle with backend 'torch' or on a GPU (CUDA, TensorRT), "
+    "or export again with --dtype fp32"
+)
+_ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+_PROBE = Attributes(num_heads=1, num_blocks=1, scale=1.0)
+
+
+class OnnxRuntimeBackend:
+    """One session. Raises BackendError where the device or dtype cannot run, PluginLoadError where the library does not load."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        dtype: str,
+        library: Path | None,
+        device: str = "cpu",
+        intra_op_threads: int | None = None,
+    ) -> None:
+        self.device = device
+        check_device(dtype, device)
+        if library is not None:
+            _probe_library(library, dtype, device)
+        options = session_options(library, intra_op_threads)
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=_providers(device))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph: {_first_line(error)}") from error
+        if device == "cuda" and CUDA not in self._session.get_providers():
+            raise BackendError(f"ONNX Runtime {ort.__version__} could not start its {CUDA}: check the driver and CUDA libraries")
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime {ort.__version__} failed to run the graph: {_first_line(error)}") from error
+
+
+def cuda_available() -> bool:
+    return CUDA in ort.get_available_providers()
+
+
+def check_device(dtype: str, device: str) -> None:
+    """Refuse what this onnxruntime cannot run. Raises BackendError saying why and what can."""
+    if device == "cuda" and not cuda_available():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} here has no {CUDA} (it has {', '.join(ort.get_available_providers())}): "
+            "install onnxruntime-gpu, or use device 'cpu'"
+        )
+    if device == "cpu" and dtype == "bf16":
+        raise BackendError(BF16_REFUSED)
+
+
+def session_options(library: Path | None, intra_op_threads: int | None = None) -> ort.SessionOptions:
+    """Options with the op library registered. Raises PluginLoadError with ONNX Runtime's own words where it does not load."""
+    options = ort.SessionOptions()
+    if intra_op_threads is not None:
+        options.intra_op_num_threads = intra_op_threads
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise PluginLoadError(
+                f"{library} does not load into ONNX Runtime {ort.__version__}: {_first_line(error)}. "
+                "Export again on this machine, or pass use_op_library=False (slower, same answer)"
+            ) from error
+    return options
+
+
+def _probe_library(library: Path, dtype: str, device: str) -> None:
+    """Make sure the library really brings the operator for this dtype and device.
+
+    A library that loads but registers nothing would leave the function body to run: right, but slow, and nobody told. This graph
+    has no function body, and, on a GPU, no CPU to fall back to.
+    """
+    node = onnx.helper.make_node(
+        OP_TYPE, ["query", "key", "value", "mask"], ["context"], domain=OP_DOMAIN, **_node_attributes(_PROBE)
+    )
+    element = _ELEMENT_TYPES[dtype]
+    tensors = [onnx.helper.make_tensor_value_info(name, element, ("b", "n", 32)) for name in ("query", "key", "value")]
+    mask = onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.INT32, ("b", "n"))
+    context = onnx.helper.make_tensor_value_info("context", element, ("b", "n", 32))
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(OP_DOMAIN, OP_VERSION)]
+    graph = onnx.helper.make_graph([node], "probe", [*tensors, mask], [context])
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    options = session_options(library)
+    options.log_severity_level = 4
+    if device == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=_providers(device))
+    except Exception as error:
+        raise PluginLoadError(
+            f"{library} loads, but brings no {OP_DOMAIN}.{OP_TYPE} for {dtype} on {device} to ONNX Runtime {ort.__version__}: "
+            f"{_first_line(error)}. Export again with this mra-export, or pass use_op_library=False (slower, same answer)"
+        ) from error
+
+
+def _node_attributes(attributes: Attributes) -> dict[str, Any]:
+    return {name: int(value) if isinstance(value, bool) else value for name, value in attributes.as_dict().items()}
+
+
+def _providers(device: str) -> list[str]:
+    return [CUDA, CPU] if device == "cuda" else [CPU]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,400 @@
+"""The mra-export command. Each subcommand is a few lines over the library; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mra_export import __version__
+from mra_export.contract import DTYPES
+from mra_export.errors import MraExportError, ParityError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+_PLAIN_WIDTH = 200
+"""Columns of a table that goes to a file or pipe."""
+_VERIFY_BACKENDS = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference")
+_PRESETS = ("base-512-4", "base-4096-8-d3", "tiny")
+_TASKS = (
+    "auto",
+    "fill-mask",
+    "text-classification",
+    "multiple-choice",
+    "token-classification",
+    "question-answering",
+    "feature-extraction",
+)
+
+
+class Command(click.Command):
+    """A subcommand with -v, -q and --debug, whose errors become one line on stderr and an exit code (errors.py)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(["-v", "--verbose"], is_flag=True, help="Say more: what was chosen and why."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="No progress, only results and errors."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+
+    def invoke(self, context: click.Context) -> Any:
+        verbose, quiet, debug = (context.params.pop(name) for name in ("verbose", "quiet", "debug"))
+        if verbose and quiet:
+            raise click.UsageError("--verbose and --quiet contradict each other: pass one of them.", context)
+        context.obj = Talker(verbose, quiet)
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            context.exit(INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output went away
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # keeps the interpreter's last flush quiet
+            context.exit(1)
+        except MraExportError as error:
+            self._show(error, debug)
+            context.exit(error.exit_code)
+        except Exception as error:
+            self._show(error, debug)
+            if not debug:
+                click.echo("This is unexpected: run the same command with --debug to see where it comes from.", err=True)
+            context.exit(1)
+        finally:
+            context.obj.close()
+
+    @staticmethod
+    def _show(error: Exception, debug: bool) -> None:
+        if debug:
+            import traceback
+
+            click.echo("".join(traceback.format_exception(error)), err=True)
+        name = "" if isinstance(error, MraExportError) else f"{type(error).__name__}: "
+        click.echo(f"error: {name}{error}", err=True)
+
+
+class Talker:
+    """Progress on stderr and results on stdout: rich on a terminal, plain lines otherwise."""
+
+    def __init__(self, verbose: bool, quiet: bool) -> None:
+        self._quiet = quiet
+        self._status: Any = None
+        self._started = time.monotonic()
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if not verbose:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    def progress(self, text: str) -> None:
+        """Say what is being done now."""
+        if self._quiet:
+            return
+        if not sys.stderr.isatty():
+            click.echo(f"[{time.monotonic() - self._started:6.1f} s] {text}", err=True)
+            return
+        if self._status is None:
+            self._status = _console(stderr=True).status(text)
+            self._status.start()
+        self._status.update(text)
+
+    def print(self, thing: Any) -> None:
+        """Print a table or text to stdout."""
+        self.close()
+        _console().print(thing)
+
+    def close(self) -> None:
+        """Take the progress line away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+class OutputFile(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A file to be written: refused before any work if it could not be."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Path:
+        path = Path(value)
+        if path.is_dir():
+            self.fail(f"{path} is a folder: name a file in it.", param, context)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"{path.parent} does not exist: make that folder first.", param, context)
+        if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            self.fail(f"{path.parent} cannot be written to: choose another folder.", param, context)
+        return path
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="mra-export")
+def main() -> None:
+    """Take an MRA checkpoint to ONNX and on to every runtime, and prove that they agree with PyTorch.
+
+    \b
+    mra-export export CHECKPOINT BUNDLE     make a bundle and check it
+    mra-export run BUNDLE --text "..."      try it
+    mra-export verify BUNDLE                compare every runtime with PyTorch
+
+    Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 1 anything else.
+    """
+
+
+@main.command("export", cls=Command)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--task", type=click.Choice(_TASKS), default="auto", show_default=True, help="auto: from the checkpoint's architecture."
+)
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="fp32", show_default=True, help="Of weights and outputs.")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 18 to 23.")
+@click.option(
+    "--padding-invariant", is_flag=True, help="A text gives the same alone and in any batch; published models were trained without."
+)
+@click.option("--force", is_flag=True, help="Overwrite a bundle that is at OUT.")
+@click.option("--no-verify", is_flag=True, help="Publish without comparing the runtimes with PyTorch.")
+@click.pass_obj
+def export_command(
+    talker: Talker, model: str, out: Path, task: str, dtype: str, opset: int, padding_invariant: bool, force: bool, no_verify: bool
+) -> None:
+    """Turn the checkpoint MODEL, a folder or hub id, into the bundle OUT.
+
+    The bundle is published only when its runtimes agree with PyTorch; an interrupted export leaves nothing.
+
+    \b
+    Examples:
+      mra-export export uw-madison/mra-base-512-4 mra-base
+      mra-export export my-checkpoint my-bundle --dtype fp16 --force
+    """
+    from mra_export.export import export_bundle
+
+    def check(folder: Path) -> list[dict[str, Any]]:
+        from mra_export.bundle import Bundle
+        from mra_export.verify import verify
+
+        report = verify(Bundle.load(folder), quick=True, progress=talker.progress)
+        talker.print(report.table())
+        if not report.passed:
+            first = report.failed_rows[0]
+            raise ParityError(
+                f"{out} was not written: {first.backend} differs from PyTorch in {first.check} ({first.case}): {first.reason}. "
+                "Pass --no-verify to write it all the same and study it with mra-export verify"
+            )
+        return [{name: value for name, value in row.as_dict().items() if name != "layers"} for row in report.rows]
+
+    export_bundle(
+        model,
+        out,
+        task=task,
+        dtype=dtype,
+        opset=opset,
+        padding_invariant=padding_invariant,
+        force=force,
+        check=None if no_verify else check,
+        progress=talker.progress,
+    )
+    talker.print(f"{out}: {_megabytes(out)} MB, ready for mra-export run and verify")
+
+
+@main.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(_VERIFY_BACKENDS), help="May be given several times; default all."
+)
+@click.option("--json", "json_file", type=OutputFile(), help="Write every row as JSON.")
+@click.option("--junit", "junit_file", type=OutputFile(), help="Write every row as a JUnit test case.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Sets of random inputs.")
+@click.option("--quick", is_flag=True, help="Four shapes instead of the whole sweep.")
+@click.pass_obj
+def verify(
+    talker: Talker,
+    bundle: Path,
+    backends: tuple[str, ...],
+    json_file: Path | None,
+    junit_file: Path | None,
+    seeds: int,
+    quick: bool,
+) -> None:
+    """Compare every runtime of BUNDLE with PyTorch: outputs, block selection, the operator alone.
+
+    Exits with 0 when all agree, with 3 when one does not.
+
+    \b
+    Examples:
+      mra-export verify my-bundle
+      mra-export verify my-bundle --backend onnxruntime --seeds 5 --json parity.json --junit parity.xml
+    """
+    from mra_export.bundle import Bundle
+
+    talker.progress(f"checking the files of {bundle}")
+    loaded = Bundle.load(bundle)
+    from mra_export.report import write_atomically
+    from mra_export.verify import verify as compare
+
+    report = compare(loaded, backends, seeds=seeds, quick=quick, progress=talker.progress)
+    if json_file is not None:
+        write_atomically(json_file, report.json())
+    if junit_file is not None:
+        write_atomically(junit_file, report.junit())
+    talker.print(report.table())
+    failed = report.failed_rows
+    if failed:
+        raise ParityError(f"{len(failed)} of {len(report.rows)} comparisons failed")
+    if not report.passed:
+        raise ParityError("nothing could be compared: see the reasons in the table")
+
+
+@main.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, help="May be given several times: one batch.")
+@click.option("--question", help="For question-answering, with --context.")
+@click.option("--context", help="For question-answering: the text that holds the answer.")
+@click.option("--choice", "choices", multiple=True, help="For multiple-choice, several times, with one --text.")
+@click.option("--npz", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Inputs by name, such as input_ids.")
+@click.option("--out", type=OutputFile(), help="With --npz: write the outputs there, as npz.")
+@click.option("--backend", type=click.Choice(("auto", "torch", "onnxruntime")), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option("--no-op-library", is_flag=True, help="Run the operator's definition in place of its compiled library.")
+@click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
+@click.pass_obj
+def run(
+    talker: Talker,
+    bundle: Path,
+    texts: tuple[str, ...],
+    question: str | None,
+    context: str | None,
+    choices: tuple[str, ...],
+    npz: Path | None,
+    out: Path | None,
+    backend: str,
+    device: str,
+    no_op_library: bool,
+    as_json: bool,
+) -> None:
+    """Run BUNDLE once, on text or on arrays.
+
+    \b
+    Examples:
+      mra-export run my-bundle --text "for i in range(<mask>):"
+      mra-export run my-qa-bundle --question "Who wrote it?" --context "It was written by Ada."
+      mra-export run my-choice-bundle --text "It rains, so" --choice "he is wet." --choice "he is dry."
+      mra-export run my-bundle --npz inputs.npz --out outputs.npz
+    """
+    asked = [bool(texts), question is not None or context is not None, npz is not None]
+    if sum(asked) != 1:
+        raise click.UsageError("Pass one of --text, --question with --context, or --npz.")
+    if (question is None) != (context is None):
+        raise click.UsageError("--question and --context go together.")
+    if choices and len(texts) != 1:
+        raise click.UsageError("--choice goes with one --text.")
+    if out is not None and npz is None:
+        raise click.UsageError("--out goes with --npz; add --json for the answers to text.")
+    from mra_export.runtime import MraRuntime
+
+    with MraRuntime.load(bundle, backend, device, use_op_library=not no_op_library) as runtime:
+        talker.progress(f"{runtime.backend} on {runtime.device}")
+        if npz is not None:
+            from mra_export.arrays import read_arrays, write_arrays
+
+            outputs = runtime.run(**read_arrays(npz))
+            if out is not None:
+                write_arrays(out, outputs)
+            answers: Any = {name: {"shape": list(value.shape), "dtype": str(value.dtype)} for name, value in outputs.items()}
+            _tell(talker, answers, as_json, "outputs")
+            return
+        from mra_export.predict import Predictor
+
+        predictor = Predictor(runtime)
+        if question is not None and context is not None:
+            answers = predictor.answer(question, context)
+        elif choices:
+            answers = predictor.choose(texts[0], choices)
+        else:
+            answers = predictor.texts(texts)
+        _tell(talker, answers, as_json, predictor.task)
+
+
+@main.command("inspect", cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.pass_obj
+def inspect_command(talker: Talker, bundle: Path, as_json: bool) -> None:
+    """Show what is in BUNDLE: model, graph, operator, files, engines.
+
+    \b
+    Examples:
+      mra-export inspect my-bundle
+      mra-export inspect my-bundle --json
+    """
+    from mra_export.bundle import Bundle
+    from mra_export.describe import describe
+
+    _tell(talker, describe(Bundle.load(bundle)), as_json, "inspect")
+
+
+@main.command(cls=Command)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.pass_obj
+def doctor(talker: Talker, as_json: bool) -> None:
+    """Show what this installation has and what is missing, with the command that gets it.
+
+    \b
+    Examples:
+      mra-export doctor
+      mra-export doctor --json
+    """
+    from mra_export.doctor import examine
+
+    _tell(talker, examine(), as_json, "doctor")
+
+
+@main.command(cls=Command)
+@click.argument("preset", type=click.Choice(_PRESETS))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same weights.")
+@click.pass_obj
+def init(talker: Talker, preset: str, out: Path, seed: int) -> None:
+    """Write a checkpoint of the size PRESET with random weights to the folder OUT.
+
+    \b
+    Examples:
+      mra-export init tiny my-checkpoint --seed 1
+      mra-export init base-512-4 full-size
+    """
+    from mra_export.presets import init_checkpoint
+
+    talker.progress(f"making {preset}")
+    init_checkpoint(preset, out, seed)
+    talker.print(f"{out}: {_megabytes(out)} MB, random weights")
+
+
+def _tell(talker: Talker, answers: Any, as_json: bool, kind: str) -> None:
+    if as_json:
+        talker.close()
+        click.echo(json.dumps(answers, indent=1, ensure_ascii=False))
+        return
+    from mra_export.show import shown
+
+    show: Callable[[Any], list[Any]] = shown(kind)
+    for thing in show(answers):
+        talker.print(thing)
+
+
+def _megabytes(folder: Path) -> int:
+    return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False, markup=False, emoji=False)

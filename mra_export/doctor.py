@@ -1,0 +1,114 @@
+"""What this installation has: versions, compiled libraries, processor, GPU, and what is missing with the command that gets it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mra_export import libraries
+from mra_export.report import versions
+
+LIBRARIES = {
+    "kernels": "the operator for PyTorch on a CPU (the plain reference runs without it, slower)",
+    "ort_ops": "the operator for ONNX Runtime; exporting bundles",
+    "trt_plugin": "the operator for TensorRT engines",
+}
+"""Name for libraries.find -> what needs it."""
+
+_PACKAGES = {
+    "torch": "reading checkpoints, exporting, the torch backend, verify",
+    "onnx": "exporting, inspect, verify",
+    "onnxruntime": "the onnxruntime backend, verify",
+    "transformers": "reading checkpoints",
+}
+_OPTIONAL_PACKAGES = {
+    "tensorrt": ("TensorRT engines for the GPU of this machine", "pip install tensorrt"),
+    "tensorrt_rtx": ("TensorRT-RTX engines, which need no GPU to build", "pip install tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs"),
+}
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "neon",
+    "asimd",
+    "asimdhp",
+    "bf16",
+    "sve",
+)
+_BUILD = "pip install --force-reinstall --no-deps . (in a clone of the repository)"
+
+
+def examine() -> dict[str, Any]:
+    """JSON-ready: versions, libraries (name -> absolute path or null), cpu, gpu, missing (name, needed_for, command, optional)."""
+    found = {name: libraries.find(name) for name in LIBRARIES}
+    return {
+        "versions": versions(),
+        "libraries": {name: None if path is None else str(Path(path).absolute()) for name, path in found.items()},
+        "cpu": _cpu(),
+        "gpu": _gpus(),
+        "missing": _missing(found),
+    }
+
+
+def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
+    missing: list[dict[str, Any]] = []
+    for name, path in found.items():
+        if path is None:
+            optional = name == "trt_plugin"
+            needs = "with CUDA's nvcc installed, " if optional else ""
+            missing.append({"name": name, "needed_for": LIBRARIES[name], "command": needs + _BUILD, "optional": optional})
+    for name, purpose in _PACKAGES.items():
+        if find_spec(name) is None:
+            missing.append({"name": name, "needed_for": purpose, "command": f"pip install {name}", "optional": False})
+    for name, (purpose, command) in _OPTIONAL_PACKAGES.items():
+        if find_spec(name) is None:
+            missing.append({"name": name, "needed_for": purpose, "command": command, "optional": True})
+    return missing
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = value
+    present = set(flags.split())
+    return {
+        "model": model,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "features": [name for name in _CPU_FEATURES if name in present],
+    }
+
+
+def _gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs with driver version and compute capability, as nvidia-smi tells them; empty without one."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    fields = ("name", "driver_version", "compute_cap")
+    done = subprocess.run(
+        [command, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    if done.returncode:
+        return []
+    return [
+        dict(zip(fields, (part.strip() for part in line.split(",")), strict=False)) for line in done.stdout.splitlines() if line
+    ]

@@ -1,0 +1,120 @@
+"""What a runtime accepts: checks names, types, shapes and values before any work, and fills in what may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mra_export.errors import ContractError
+
+if TYPE_CHECKING:
+    import torch
+
+Integers = npt.NDArray[np.int64]
+_AXES = {2: "(batch, length)", 3: "(batch, choices, length)"}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model's inputs.
+
+    names: the graph's inputs, in its order: input_ids, attention_mask, and token_type_ids where type_vocab_size > 1.
+    rank: 2 for (batch, length), 3 for multiple choice's (batch, choices, length).
+    """
+
+    names: tuple[str, ...]
+    rank: int
+    vocab_size: int
+    type_vocab_size: int
+    max_length: int
+
+    def prepare(self, arrays: Mapping[str, Any]) -> dict[str, Integers]:
+        """numpy arrays or torch tensors of any integer type -> contiguous int64 numpy arrays, one per graph input.
+
+        A mask that is left out is all ones, token_type_ids all zeros; any mask value other than 0 counts as 1.
+        Raises ContractError naming the input, its value and the fix.
+        """
+        known = ("input_ids", "attention_mask", "token_type_ids")
+        for name in arrays:
+            if name not in known:
+                raise ContractError(f"{name} is not an input of this model: pass {', '.join(known)}")
+        given = {name: _integers(name, value) for name, value in arrays.items() if value is not None}
+        if "input_ids" not in given:
+            raise ContractError("input_ids is missing: pass token ids of shape " + _AXES[self.rank])
+        ids = given["input_ids"]
+        self._check_ids(ids)
+        for name, value in given.items():
+            if value.shape != ids.shape:
+                what = "a mask" if name == "attention_mask" else name
+                raise ContractError(f"{name} has shape {value.shape}, input_ids {ids.shape}: pass {what} of the same shape")
+        mask = given.get("attention_mask")
+        types = given.get("token_type_ids")
+        if types is not None:
+            _check_range("token_type_ids", types, self.type_vocab_size, "type_vocab_size")
+        prepared = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids) if mask is None else (mask != 0).astype(np.int64),
+            "token_type_ids": np.zeros_like(ids) if types is None else types,
+        }
+        return {name: np.ascontiguousarray(prepared[name]) for name in self.names}
+
+    def _check_ids(self, ids: Integers) -> None:
+        if ids.ndim != self.rank:
+            raise ContractError(f"input_ids has shape {ids.shape}: pass {self.rank} axes, {_AXES[self.rank]}")
+        if 0 in ids.shape:
+            raise ContractError(f"input_ids has shape {ids.shape}: every axis must be 1 or more")
+        if ids.shape[-1] > self.max_length:
+            raise ContractError(
+                f"input_ids has length {ids.shape[-1]}, the model's max_position_embeddings is {self.max_length}: "
+                f"cut the input to {self.max_length} tokens or fewer"
+            )
+        _check_range("input_ids", ids, self.vocab_size, "vocab_size")
+
+
+def is_torch(value: Any) -> bool:
+    """True for a torch tensor, without importing torch."""
+    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+
+
+def like(outputs: Mapping[str, Any], example: Any) -> dict[str, Any]:
+    """Give outputs, numpy or torch, the kind of `example`: torch in, torch out on its device; numpy in, numpy out.
+
+    numpy has no bfloat16, so bfloat16 tensors become float32 arrays, without loss.
+    """
+    if is_torch(example):
+        import torch
+
+        return {name: torch.as_tensor(value).to(example.device) for name, value in outputs.items()}
+    return {name: _to_numpy(value) if is_torch(value) else value for name, value in outputs.items()}
+
+
+def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    tensor = tensor.detach().cpu()
+    return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
+
+
+def _integers(name: str, value: Any) -> Integers:
+    if is_torch(value):
+        value = value.detach().cpu()
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            raise ContractError(f"{name} has dtype {value.dtype}: pass integers")
+        value = value.numpy()
+    if not isinstance(value, np.ndarray):
+        raise ContractError(f"{name} is a {type(value).__name__}: pass a numpy array or a torch tensor")
+    if value.dtype.kind not in "iub":
+        raise ContractError(f"{name} has dtype {value.dtype}: pass integers")
+    if value.dtype == np.uint64 and value.size and value.max() > np.iinfo(np.int64).max:
+        raise ContractError(f"{name} holds {value.max()}: it must fit into int64")
+    return value.astype(np.int64)
+
+
+def _check_range(name: str, value: Integers, limit: int, limit_name: str) -> None:
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= limit:
+        raise ContractError(
+            f"{name} holds {low if low < 0 else high}, the model's {limit_name} is {limit}: pass values from 0 to {limit - 1}"
+        )

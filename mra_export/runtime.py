@@ -1,0 +1,207 @@
+"""MraRuntime: load a bundle and run it, whatever is underneath.
+
+runtime = MraRuntime.load("bundle")
+logits = runtime.run(input_ids=ids, attention_mask=mask)["logits"]
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mra_export import parity
+from mra_export.bundle import MODEL, OP_LIBRARY, WEIGHTS, Bundle
+from mra_export.contract import TOLERANCES
+from mra_export.errors import BackendError, ContractError, ParityError
+from mra_export.inputs import InputSpec, like
+
+if TYPE_CHECKING:
+    from mra_export.backends import Backend
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("torch", "onnxruntime")
+DEVICES = ("cpu", "cuda")
+
+
+class MraRuntime:
+    """A loaded bundle. Thread-safe; batch and length may change from call to call. Use `load`, and `close` or a with statement.
+
+    backend: "torch" or "onnxruntime", the one that runs. device: "cpu" or "cuda".
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend.name
+        self.device = backend.device
+        self._running: Backend | None = backend
+        self._inputs = input_spec(bundle)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "auto",
+        device: str = "cpu",
+        *,
+        use_op_library: bool = True,
+        intra_op_threads: int | None = None,
+    ) -> MraRuntime:
+        """Check a bundle's files and contract version, then load it.
+
+        backend: "torch", "onnxruntime", or "auto", which takes ONNX Runtime where it can run the bundle's dtype on the device, else
+        torch, and logs which and why. device: "cpu" or "cuda"; no fallback from one to the other.
+        use_op_library: False runs the operator's definition in place of the compiled library, slower: ONNX Runtime the graph's own
+        function body, which needs N x N memory, and torch the reference attention.
+        intra_op_threads: threads of one ONNX Runtime call; torch has its own torch.set_num_threads.
+
+        Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (op library).
+        """
+        _check_choice("backend", backend, ("auto", *BACKENDS))
+        _check_choice("device", device, DEVICES)
+        if intra_op_threads is not None and intra_op_threads < 1:
+            raise ContractError(f"intra_op_threads is {intra_op_threads}: it must be 1 or more")
+        loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        if backend == "auto":
+            backend, why = _choose(loaded, device, use_op_library)
+            logger.info("%s: backend %s on %s, because %s", loaded.path, backend, device, why)
+        if backend == "torch":
+            if intra_op_threads is not None:
+                raise ContractError("intra_op_threads is for ONNX Runtime: call torch.set_num_threads for the torch backend")
+            return cls(loaded, _torch(loaded, device, use_op_library))
+        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads))
+
+    def run(self, **arrays: Any) -> dict[str, Any]:
+        """Run the model once. Give input_ids and, where wanted, attention_mask (1 = real token) and token_type_ids.
+
+        Each is a numpy array or torch tensor of integers, (batch, length), or (batch, choices, length) for multiple choice.
+        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides). numpy has no bfloat16:
+        bfloat16 outputs come as float32 arrays. Raises ContractError for inputs the model cannot take.
+        """
+        running = self._running
+        if running is None:
+            raise BackendError(f"{self.bundle.path}: this runtime is closed, load it again")
+        prepared = self._inputs.prepare(arrays)
+        return like(running.run(prepared), arrays["input_ids"])
+
+    def validate(self) -> list[parity.Row]:
+        """Compare with the golden outputs that PyTorch wrote at export. Returns the rows; raises ParityError if one fails."""
+        rows = self.compare_golden()
+        failed = [row for row in rows if row.status == parity.FAIL]
+        if failed:
+            worst = failed[0]
+            where = f"{self.backend} on {self.device} differs from PyTorch in {worst.output}, {worst.case}"
+            raise ParityError(f"{self.bundle.path}: {where}: {worst.reason}")
+        return rows
+
+    def compare_golden(self) -> list[parity.Row]:
+        """The rows of `validate`, whatever they say."""
+        dtype = self.bundle.manifest.dtype
+        tolerance = TOLERANCES[dtype].model_free
+        rows = []
+        for inputs, expected in zip(*self.bundle.golden(), strict=True):
+            actual = self.run(**inputs)
+            case = f"golden {'x'.join(str(n) for n in inputs['input_ids'].shape)}"
+            for name, wanted in expected.items():
+                keep = real_positions(self.bundle, name, inputs)
+                rows.append(
+                    parity.judge("golden", self.backend, dtype, case, name, actual[name], wanted, tolerance, keep=keep)
+                    if name in actual
+                    else parity.Row("golden", self.backend, dtype, case, name, parity.FAIL, "this output is missing")
+                )
+        return rows
+
+    def close(self) -> None:
+        """Let go of the model: it is freed when calls in flight have finished. Later calls raise BackendError."""
+        self._running = None
+
+    def __enter__(self) -> MraRuntime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def input_spec(bundle: Bundle) -> InputSpec:
+    """What the bundle's graph takes."""
+    manifest = bundle.manifest
+    return InputSpec(
+        names=tuple(tensor.name for tensor in manifest.inputs),
+        rank=len(manifest.inputs[0].axes),
+        vocab_size=manifest.model.vocab_size,
+        type_vocab_size=manifest.model.type_vocab_size,
+        max_length=manifest.model.max_position_embeddings,
+    )
+
+
+def real_positions(bundle: Bundle, output: str, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:
+    """For an output with one entry per token, (B, N) bool, True at real tokens; None for an output with one entry per text."""
+    token_axes = bundle.manifest.inputs[0].axes
+    axes = next((tensor.axes for tensor in bundle.manifest.outputs if tensor.name == output), [])
+    if axes[: len(token_axes)] != token_axes:
+        return None
+    return np.asarray(inputs["attention_mask"]).astype(bool)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BackendError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
+
+
+def _choose(bundle: Bundle, device: str, use_op_library: bool) -> tuple[str, str]:
+    """What `auto` takes, and why."""
+    dtype = bundle.manifest.dtype
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "torch", "onnxruntime is not installed"
+    from mra_export.backends import onnx_runtime
+
+    if use_op_library and OP_LIBRARY not in bundle.manifest.files:
+        return "torch", "the bundle holds no op library for ONNX Runtime"
+    if device == "cuda" and not onnx_runtime.cuda_available():
+        return "torch", "this onnxruntime has no CUDA provider"
+    if device == "cpu" and dtype == "bf16":
+        return "torch", "ONNX Runtime's CPU provider has no bfloat16 MatMul"
+    return "onnxruntime", f"it runs {dtype} on {device}"
+
+
+def _torch(bundle: Bundle, device: str, use_op_library: bool) -> Backend:
+    if importlib.util.find_spec("torch") is None:
+        raise BackendError("backend is 'torch', but torch is not installed: pip install torch")
+    if WEIGHTS not in bundle.manifest.files:
+        raise BackendError(f"{bundle.path} holds no {WEIGHTS}, which the torch backend needs: export it with its weights")
+    from mra_export.backends.pytorch import TorchBackend
+
+    manifest = bundle.manifest
+    return TorchBackend(
+        bundle.path,
+        task=manifest.task,
+        dtype=manifest.dtype,
+        padding_invariant=manifest.padding_invariant,
+        device=device,
+        reference=not use_op_library,
+    )
+
+
+def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None) -> Backend:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
+    from mra_export.backends.onnx_runtime import OnnxRuntimeBackend
+
+    library = None
+    if use_op_library:
+        if OP_LIBRARY not in bundle.manifest.files:
+            raise BackendError(
+                f"{bundle.path} holds no op library ({OP_LIBRARY}): export it again where `mra-export doctor` shows ort_ops, "
+                "or pass use_op_library=False (slower, same answer)"
+            )
+        library = bundle.file(OP_LIBRARY)
+    return OnnxRuntimeBackend(
+        bundle.file(MODEL), dtype=bundle.manifest.dtype, library=library, device=device, intra_op_threads=intra_op_threads
+    )

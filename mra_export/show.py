@@ -1,0 +1,139 @@
+"""Tables for people: what each command prints when it is not asked for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+Shown = list[Any]
+
+
+def shown(kind: str) -> Callable[[Any], Shown]:
+    """The function that turns a command's answer into tables and lines. kind: a task's name, or a command's."""
+    functions: dict[str, Callable[[Any], Shown]] = {
+        "fill-mask": _fill_mask,
+        "text-classification": lambda answers: [_scores(answer["text"], answer["labels"]) for answer in answers],
+        "token-classification": lambda answers: [_tokens(answer) for answer in answers],
+        "feature-extraction": _features,
+        "question-answering": lambda answer: [
+            f"{answer['answer']}  (characters {answer['start']} to {answer['end']}, {answer['score']:.1%})"
+        ],
+        "multiple-choice": lambda answer: [_scores(answer["text"], answer["choices"])],
+        "outputs": lambda answer: [f"{name}: {value['dtype']} {tuple(value['shape'])}" for name, value in answer.items()],
+        "inspect": _inspect,
+        "doctor": _doctor,
+    }
+    return functions[kind]
+
+
+def _fill_mask(answers: Any) -> Shown:
+    tables: Shown = []
+    for answer in answers:
+        for number, candidates in enumerate(answer["masks"]):
+            which = f", mask {number + 1}" if len(answer["masks"]) > 1 else ""
+            table = _table(answer["text"] + which, "token", "probability")
+            for candidate in candidates:
+                table.add_row(repr(candidate["token"]), f"{candidate['score']:.1%}")
+            tables.append(table)
+    return tables
+
+
+def _scores(title: str, scores: list[dict[str, Any]]) -> Table:
+    single = len(scores) == 1
+    table = _table(title, "label", "value" if single else "probability")
+    for entry in scores:
+        table.add_row(entry["label"], f"{entry['score']:.4f}" if single else f"{entry['score']:.1%}")
+    return table
+
+
+def _tokens(answer: dict[str, Any]) -> Table:
+    table = _table(answer["text"], "token", "label", "probability")
+    for token in answer["tokens"]:
+        table.add_row(repr(token["token"]), token["label"], f"{token['score']:.1%}")
+    return table
+
+
+def _features(answers: Any) -> Shown:
+    lines: Shown = []
+    for answer in answers:
+        first = ", ".join(f"{value:.3f}" for value in answer["features"][0][:6])
+        lines.append(f"{answer['text']}: {len(answer['features'])} tokens x {len(answer['features'][0])}, the first begins {first}")
+    return [*lines, "Add --json for all numbers."]
+
+
+def _inspect(facts: dict[str, Any]) -> Shown:
+    model, graph = facts["model"], facts["graph"]
+    overview = _table(facts["path"], "", "")
+    overview.show_header = False
+    dimensions = f"{model['num_hidden_layers']} layers, {model['hidden_size']} wide, {model['num_attention_heads']} heads"
+    rows = {
+        "model": f"{model['architecture']}, {dimensions}, {model['vocab_size']} tokens, length {model['max_position_embeddings']}",
+        "task": facts["task"],
+        "dtype, opset": f"{facts['dtype']}, {facts['opset']}",
+        "inputs": "; ".join(_tensor(tensor) for tensor in graph["inputs"]),
+        "outputs": "; ".join(_tensor(tensor) for tensor in graph["outputs"]),
+        "operator": ", ".join(f"{name} {value}" for name, value in facts["attributes"].items()),
+        "graph": f"{graph['nodes']} nodes, {graph['attention_nodes']} of them mra.MraAttention",
+        "functions": ", ".join(f"{name} ({count} nodes)" for name, count in graph["functions"].items()) or "none",
+        "parity at export": _parity(facts["parity"]),
+        "made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "source": facts["source"],
+    }
+    for name, value in rows.items():
+        overview.add_row(name, str(value))
+    ops = _table("operators", "op", "nodes")
+    for name, count in graph["ops"].items():
+        ops.add_row(name, str(count))
+    files = _table("files", "name", "bytes", "sha256")
+    for name, entry in facts["files"].items():
+        files.add_row(name, str(entry["size"]), entry["sha256"][:16])
+    tables: Shown = [overview, ops, files]
+    if facts["engines"]:
+        engines = _table("engines", *facts["engines"][0])
+        for engine in facts["engines"]:
+            engines.add_row(*(str(value) for value in engine.values()))
+        tables.append(engines)
+    return tables
+
+
+def _parity(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "not checked"
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} ({', '.join(str(axis) for axis in tensor['axes'])})"
+
+
+def _doctor(facts: dict[str, Any]) -> Shown:
+    here = _table("this installation", "", "")
+    here.show_header = False
+    for name, version in facts["versions"].items():
+        here.add_row(name, version)
+    cpu = facts["cpu"]
+    here.add_row("processor", f"{cpu['model']}, {cpu['cpus']} CPUs, {' '.join(cpu['features'])}")
+    for gpu in facts["gpu"]:
+        here.add_row("GPU", ", ".join(gpu.values()))
+    if not facts["gpu"]:
+        here.add_row("GPU", "none found")
+    for name, path in facts["libraries"].items():
+        here.add_row(f"library {name}", path or "not built")
+    things: Shown = [here]
+    if facts["missing"]:
+        missing = _table("missing", "what", "needed for", "how to get it")
+        for entry in facts["missing"]:
+            missing.add_row(entry["name"] + (" (optional)" if entry["optional"] else ""), entry["needed_for"], entry["command"])
+        things.append(missing)
+    else:
+        things.append("Nothing is missing.")
+    return things
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", highlight=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,254 @@
+"""Does every runtime of a bundle agree with PyTorch? One report of parity rows for each, judged by contract.TOLERANCES.
+
+The reference is the bundle's weights in PyTorch, float32, with the plain reference attention. What is compared:
+
+golden     the outputs stored at export, each runtime with its own block selection
+outputs    a sweep of inputs. Where a runtime chose other blocks than the reference, the reference is run again with that runtime's
+           choice, so that this row judges arithmetic only
+selection  the blocks each layer chose, recomputed from the queries and keys the runtime really had; only near-ties may differ
+operator   one layer's real queries, keys and values through the operator alone, against its formula in float64, at a budget where
+           every runtime must choose the same blocks
+canary     changing one token changes the answer elsewhere: a graph that ignores attention would pass everything else
+padding    padding-invariant bundles: a text alone and in a batch gives the same
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from mra_export.backends.pytorch import TorchBackend
+from mra_export.bundle import Bundle
+from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
+from mra_export.contract import DTYPES, TOLERANCES
+from mra_export.errors import BackendError, ContractError
+from mra_export.parity import FAIL, PASS, SKIP, Row, judge
+from mra_export.probe import LayerInputs, TorchProbe
+from mra_export.report import Report
+from mra_export.runtime import real_positions
+from mra_export.selection import Overlap, Selection, block_scores, clear_budget, dense_attention, overlap, select
+from mra_export.subjects import NAMES, Arrays, Subject, open_subject
+
+Progress = Callable[[str], None]
+_OPERATOR_LENGTH = 320
+"""Tokens at most for the operator's rows: their oracle is dense."""
+_CANARY_SHARE = 0.1
+"""The canary's effect must be at least this share of what it is in the reference."""
+
+
+def verify(
+    bundle: Bundle,
+    backends: Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    quick: bool = False,
+    progress: Progress = lambda text: None,
+) -> Report:
+    """Compare runtimes with PyTorch. A case that fails is a row of the report, not an exception.
+
+    backends: of subjects.NAMES. None named: all, and one that cannot run here is a skipped row that says why; a named one that
+    cannot run raises BackendError. seeds: how many sets of random inputs. quick: four shapes, and no text.
+    """
+    if seeds < 1:
+        raise ContractError(f"seeds is {seeds}: it must be 1 or more")
+    for name in backends:
+        if name not in NAMES:
+            raise BackendError(f"backend is {name!r}: use one of {', '.join(NAMES)}")
+    started = time.monotonic()
+    dtype = bundle.manifest.dtype
+    progress(f"loading {bundle.path} in PyTorch, float32, as the reference")
+    reference = _Reference(bundle)
+    cases = sweep(bundle, seeds, quick) + ([] if quick else text_cases(bundle))
+    rows: list[Row] = []
+    for name in backends or NAMES:
+        if name == "torch-reference" and dtype == "fp32" and not backends:
+            rows.append(Row("outputs", name, dtype, "all", "", SKIP, "this is the reference itself"))
+            continue
+        progress(f"{name}: loading")
+        try:
+            subject = open_subject(name, bundle)
+        except BackendError as error:
+            if backends:
+                raise
+            rows.append(Row("outputs", name, dtype, "all", "", SKIP, str(error)))
+            continue
+        rows += _check(subject, reference, cases, progress)
+        del subject
+    return Report(bundle, rows, time.monotonic() - started)
+
+
+class _Reference:
+    """The bundle in PyTorch, float32, plain attention; optionally with the selection of another runtime."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self.attributes = manifest.operator_attributes()
+        self._model = TorchBackend(
+            bundle.path, task=manifest.task, dtype="fp32", padding_invariant=manifest.padding_invariant, device="cpu"
+        )
+
+    def run(self, inputs: Inputs, forced: Sequence[Selection] | None = None) -> tuple[Arrays, list[LayerInputs]]:
+        with TorchProbe(reference=True, forced=forced) as probe:
+            outputs = self._model.run(inputs)
+        return {name: value.numpy() for name, value in outputs.items()}, probe.layers
+
+
+def _check(subject: Subject, reference: _Reference, cases: Iterable[Case], progress: Progress) -> Iterator[Row]:
+    if subject.runtime is not None:
+        progress(f"{subject.name}: golden outputs")
+        yield from (dataclasses.replace(row, backend=subject.name) for row in subject.runtime.compare_golden())
+    for case in cases:
+        progress(f"{subject.name}: {case.name}")
+        too_much = subject.cannot_run(case)
+        if too_much:
+            yield Row("outputs", subject.name, subject.bundle.manifest.dtype, case.name, "", SKIP, too_much)
+        else:
+            yield from _outputs_and_selection(subject, reference, case)
+    progress(f"{subject.name}: operator, canary, padding")
+    yield from _operator(subject, reference)
+    yield from _canary(subject, reference)
+    if subject.bundle.manifest.padding_invariant:
+        yield from _padding(subject)
+
+
+def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) -> Iterator[Row]:
+    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
+    tolerance = TOLERANCES[dtype]
+    attributes = reference.attributes
+    actual, layers = subject.observe(case.inputs)
+    expected, expected_layers = reference.run(case.inputs)
+    if len(layers) != len(expected_layers):
+        reason = f"the graph has {len(layers)} MraAttention nodes, the model {len(expected_layers)} layers"
+        yield Row("selection", subject.name, dtype, case.name, "", FAIL, reason)
+        overlaps = []
+    else:
+        chosen = [layer.selection(attributes) for layer in layers]
+        overlaps = _overlaps(expected_layers, chosen, reference)
+        if any(layer.differing for layer in overlaps):
+            # Layers after the first difference had other inputs: compare them with a reference that made the same choices so far.
+            expected, expected_layers = reference.run(case.inputs, forced=chosen)
+            overlaps = _overlaps(expected_layers, chosen, reference)
+        yield _selection_row(subject, case, overlaps)
+    differing = sum(layer.differing for layer in overlaps)
+    note = f"{differing} near-tied block pairs taken as this runtime chose them" if differing else ""
+    for name in (tensor.name for tensor in bundle.manifest.outputs):
+        if name not in actual:
+            yield Row("outputs", subject.name, dtype, case.name, name, FAIL, "this output is missing")
+            continue
+        keep = real_positions(bundle, name, case.inputs)
+        yield judge(
+            "outputs", subject.name, dtype, case.name, name, actual[name], expected[name], tolerance.model, keep=keep, note=note
+        )
+
+
+def _overlaps(layers: Sequence[LayerInputs], chosen: Sequence[Selection], reference: _Reference) -> list[Overlap]:
+    attributes = reference.attributes
+    found = []
+    for layer, other in zip(layers, chosen, strict=True):
+        scores = block_scores(layer.query, layer.key, layer.mask, attributes)
+        found.append(overlap(scores, select(scores, attributes.num_blocks), other))
+    return found
+
+
+def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) -> Row:
+    dtype = subject.bundle.manifest.dtype
+    limit = TOLERANCES[dtype].near_tie
+    margin = max((layer.largest_margin for layer in overlaps), default=0.0)
+    differing = sum(layer.differing for layer in overlaps)
+    detail = {
+        "overlap": min((layer.share for layer in overlaps), default=1.0),
+        "differing": differing,
+        "largest_margin": margin,
+        "layers": [
+            {
+                "layer": index,
+                "overlap": layer.share,
+                "differing": layer.differing,
+                "margins": sorted(map(float, layer.margins), reverse=True),
+            }
+            for index, layer in enumerate(overlaps)
+        ],
+    }
+    # NaN compares false: a margin that is not a number fails.
+    status = PASS if margin <= limit else FAIL
+    reason = ""
+    if differing:
+        reason = f"{differing} block pairs differ, the widest by {margin:.1e} (near-tie: {limit:.0e})"
+    return Row("selection", subject.name, dtype, case.name, "", status, reason, limit, None, detail)
+
+
+def _operator(subject: Subject, reference: _Reference) -> Iterator[Row]:
+    dtype = subject.bundle.manifest.dtype
+    longest = subject.bundle.manifest.model.max_position_embeddings
+    case = random_case(subject.bundle, 2, min(longest * 2 // 3, _OPERATOR_LENGTH), seed=0)
+    _, layers = reference.run(case.inputs)
+    for index in sorted({0, len(layers) - 1}) if layers else []:
+        layer = layers[index]
+        assert layer.value is not None
+        query, key, value = (_rounded(tensor, dtype) for tensor in (layer.query, layer.key, layer.value))
+        budget, gap = clear_budget(block_scores(query, key, layer.mask, reference.attributes), reference.attributes.num_blocks)
+        attributes = dataclasses.replace(reference.attributes, num_blocks=budget)
+        name = f"layer {index}, {case.name}, K = {budget}, gap {gap:.0e}"
+        expected = dense_attention(query, key, value, layer.mask, attributes)
+        actual = subject.operator(attributes, query, key, value, layer.mask)
+        yield judge("operator", subject.name, dtype, name, "context", actual, expected, TOLERANCES[dtype].operator, keep=layer.mask)
+
+
+def _rounded(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
+    """Values of the bundle's dtype, kept in float32."""
+    if dtype == "fp32":
+        return array
+    import ml_dtypes  # bfloat16 for numpy, which comes with onnx
+
+    return array.astype(ml_dtypes.bfloat16 if dtype == "bf16" else np.dtype(DTYPES[dtype])).astype(np.float32)
+
+
+def _canary(subject: Subject, reference: _Reference) -> Iterator[Row]:
+    """For outputs per token: change token 0, look at the others. For outputs per text, read at token 0: change the others."""
+    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
+    model = bundle.manifest.model
+    case = random_case(bundle, 1, min(model.max_position_embeddings, 64), seed=0, ragged=False)
+    ids = case.inputs["input_ids"]
+    for tensor in bundle.manifest.outputs:
+        per_token = real_positions(bundle, tensor.name, case.inputs) is not None
+        changed = ids.copy()
+        part = (..., slice(0, 1)) if per_token else (..., slice(1, None))
+        changed[part] = (changed[part] + model.vocab_size // 2) % model.vocab_size
+        effects = []
+        for run in (lambda inputs: reference.run(inputs)[0], subject.run):
+            before, after = (
+                np.asarray(run(inputs)[tensor.name]) for inputs in (case.inputs, {**case.inputs, "input_ids": changed})
+            )
+            difference = np.abs(after.astype(np.float64) - before.astype(np.float64))
+            effects.append(float((difference[:, 1:] if per_token else difference).max()))
+        wanted, found = effects
+        what = "changing token 0 changes the others" if per_token else "changing the other tokens changes what is read at token 0"
+        detail = {"effect": found, "reference_effect": wanted}
+        if wanted == 0:
+            yield Row("canary", subject.name, dtype, what, tensor.name, SKIP, "the model itself does not change", detail=detail)
+        elif found >= _CANARY_SHARE * wanted:
+            yield Row("canary", subject.name, dtype, what, tensor.name, PASS, "", detail=detail)
+        else:
+            reason = f"it changes them by {found:.1e}, PyTorch by {wanted:.1e}: this graph ignores attention"
+            yield Row("canary", subject.name, dtype, what, tensor.name, FAIL, reason, detail=detail)
+
+
+def _padding(subject: Subject) -> Iterator[Row]:
+    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
+    batch = random_case(bundle, 2, min(bundle.manifest.model.max_position_embeddings, 100), seed=0)
+    row = {name: value[1:2] for name, value in batch.inputs.items()}
+    length = int(row["attention_mask"].reshape(-1, row["attention_mask"].shape[-1])[0].sum())  # row 1 is padded at its end
+    alone = {name: value[..., :length] for name, value in row.items()}
+    together, single = subject.run(batch.inputs), subject.run(alone)
+    for tensor in bundle.manifest.outputs:
+        keep = real_positions(bundle, tensor.name, alone)
+        actual = together[tensor.name][1:2]
+        actual = actual[:, :length] if keep is not None else actual
+        case = f"{length} tokens alone and in a batch of {batch.inputs['input_ids'].shape[-1]}"
+        yield judge(
+            "padding", subject.name, dtype, case, tensor.name, actual, single[tensor.name], TOLERANCES[dtype].model_free, keep=keep
+        )
