@@ -101,6 +101,25 @@ MRA_API MraStatus mra_attention_cpu_selection(const MraAttentionParams* params, 
                                               const int32_t* mask, uint8_t* blocks, float* score, void* workspace,
                                               size_t workspace_bytes, const MraThreads* threads);
 
+/* CUDA. A library that was built without it answers MRA_ERROR_NOT_BUILT. Pointers other than params and bytes are device memory; stream is
+ * a cudaStream_t, NULL the legacy default stream. The work is queued on it and the call returns at once: nothing is allocated or
+ * synchronised, and launches depend on params alone, so the call may be captured into a CUDA graph. Compute capability 8.0 and newer.
+ * MRA_ERROR_TOO_LARGE: N above 131072, or more than 2^31 - 1 CTAs. */
+
+/* Bytes of workspace that mra_attention_cuda needs for these parameters. Depends on params only; needs no GPU. */
+MRA_API MraStatus mra_attention_cuda_workspace_size(const MraAttentionParams* params, size_t* bytes);
+
+/* As mra_attention_cpu. workspace: 64-byte aligned, its content does not matter; in use until the queued work is done. The same inputs give
+ * the same bits at every call. MRA_ERROR_CUDA: a launch was refused. */
+MRA_API MraStatus mra_attention_cuda(const MraAttentionParams* params, const void* query, const void* key, const void* value,
+                                     const int32_t* mask, void* context, void* workspace, size_t workspace_bytes,
+                                     void* stream /* cudaStream_t */);
+
+/* As mra_attention_cpu_selection, whose selection it equals bit for bit. blocks and score are device memory. */
+MRA_API MraStatus mra_attention_cuda_selection(const MraAttentionParams* params, const void* query, const void* key,
+                                               const int32_t* mask, uint8_t* blocks, float* score, void* workspace,
+                                               size_t workspace_bytes, void* stream /* cudaStream_t */);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,136 @@
+// C entry points of the CUDA kernels: checks, workspace, launches. Design and cost: docs/kernels-cuda.md.
+#include "mra_attention.h"
+#include "mra_attention_attend.cuh"
+#include "mra_attention_device.cuh"
+#include "mra_attention_layout.h"
+#include "mra_attention_pool.cuh"
+#include "mra_attention_select.cuh"
+
+namespace mra {
+namespace {
+
+template <typename T>
+T* At(void* workspace, const Section& section) {
+  return reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + section.offset);
+}
+
+Problem MakeProblem(const MraAttentionParams& params, const Layout& layout, void* workspace) {
+  Problem p = {};
+  p.real = At<uint32_t>(workspace, layout.real);
+  p.query_mean = At<float>(workspace, layout.query_mean);
+  p.key_mean = At<float>(workspace, layout.key_mean);
+  p.value_sum = At<float>(workspace, layout.value_sum);
+  p.logit = At<float>(workspace, layout.logit);
+  p.row_max = At<float>(workspace, layout.row_max);
+  p.row_start = At<int32_t>(workspace, layout.row_start);
+  p.column = At<uint16_t>(workspace, layout.column);
+  p.excluded = At<uint32_t>(workspace, layout.excluded);
+  p.work = At<WorkItem>(workspace, layout.work);
+  p.arrivals = At<int32_t>(workspace, layout.arrivals);
+  p.partial = At<float>(workspace, layout.partial);
+  p.length = params.length;
+  p.heads = params.num_heads;
+  p.head_size = params.head_size;
+  p.blocks = layout.blocks;
+  p.words = layout.words;
+  p.budget = layout.budget;
+  p.chunk = layout.chunk;
+  p.slots = layout.slots;
+  p.partials = layout.partials;
+  p.partial_floats = layout.partial_floats;
+  p.pool_tiles = static_cast<int>(layout.pool_tiles);
+  p.logit_tiles = static_cast<int>(layout.logit_tiles);
+  p.first = params.initial_prior_first_n_blocks;
+  p.diagonal = params.initial_prior_diagonal_n_blocks;
+  p.scale = params.scale;
+  p.full = params.approx_mode == MRA_APPROX_FULL;
+  p.padding_invariant = params.padding_invariant != 0;
+  return p;
+}
+
+MraStatus CheckWorkspace(const Layout& layout, const void* workspace, size_t bytes) {
+  const bool aligned = reinterpret_cast<uintptr_t>(workspace) % 64 == 0;
+  return aligned && bytes >= layout.bytes ? MRA_OK : MRA_ERROR_WORKSPACE;
+}
+
+// Pool and select; one more launch between them above kFusedSelectBlocks.
+template <typename T>
+cudaError_t LaunchSelection(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
+  cudaError_t error = LaunchKernel(PoolKernel<T>, params.batch * layout.blocks * layout.pool_tiles, kPoolThreads, 0, stream, p);
+  if (error == cudaSuccess && layout.blocks > kFusedSelectBlocks) {
+    error =
+        LaunchKernel(LogitKernel, layout.heads_total * layout.logit_tiles, kSelectThreads, kStageFloats * sizeof(float), stream, p);
+  }
+  if (error != cudaSuccess) return error;
+  const size_t shared = SelectSharedFloats(layout.blocks, layout.words) * sizeof(float);
+  return LaunchKernel(SelectKernel, layout.heads_total, kSelectThreads, shared, stream, p);
+}
+
+template <typename T>
+cudaError_t LaunchAttention(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
+  const cudaError_t error = LaunchSelection<T>(params, layout, p, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t items = layout.heads_total * layout.slots;
+  const size_t shared = AttendSharedFloats(params.head_size) * sizeof(float);
+  switch (PaddedHeadSize(params.head_size)) {
+    case 64:
+      return LaunchKernel(AttendKernel<T, 64>, items, kAttendThreads, shared, stream, p);
+    case 128:
+      return LaunchKernel(AttendKernel<T, 128>, items, kAttendThreads, shared, stream, p);
+    default:
+      return LaunchKernel(AttendKernel<T, 256>, items, kAttendThreads, shared, stream, p);
+  }
+}
+
+}  // namespace
+}  // namespace mra
+
+extern "C" {
+
+MraStatus mra_attention_cuda_workspace_size(const MraAttentionParams* params, size_t* bytes) {
+  if (bytes == nullptr) return MRA_ERROR_NULL_POINTER;
+  mra::Layout layout;
+  const MraStatus status = mra::MakeLayout(params, &layout);
+  if (status == MRA_OK) *bytes = layout.bytes;
+  return status;
+}
+
+MraStatus mra_attention_cuda(const MraAttentionParams* params, const void* query, const void* key, const void* value,
+                             const int32_t* mask, void* context, void* workspace, size_t workspace_bytes, void* stream) {
+  mra::Layout layout;
+  MraStatus status = mra::MakeLayout(params, &layout);
+  if (status != MRA_OK) return status;
+  if (!query || !key || !value || !mask || !context || !workspace) return MRA_ERROR_NULL_POINTER;
+  status = mra::CheckWorkspace(layout, workspace, workspace_bytes);
+  if (status != MRA_OK) return status;
+  mra::Problem p = mra::MakeProblem(*params, layout, workspace);
+  p.query = query, p.key = key, p.value = value, p.mask = mask, p.context = context;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = params->dtype == MRA_FLOAT32   ? mra::LaunchAttention<float>(*params, layout, p, on)
+                            : params->dtype == MRA_FLOAT16 ? mra::LaunchAttention<__half>(*params, layout, p, on)
+                                                           : mra::LaunchAttention<__nv_bfloat16>(*params, layout, p, on);
+  return error == cudaSuccess ? MRA_OK : MRA_ERROR_CUDA;
+}
+
+MraStatus mra_attention_cuda_selection(const MraAttentionParams* params, const void* query, const void* key, const int32_t* mask,
+                                       uint8_t* blocks, float* score, void* workspace, size_t workspace_bytes, void* stream) {
+  mra::Layout layout;
+  MraStatus status = mra::MakeLayout(params, &layout);
+  if (status != MRA_OK) return status;
+  if (!query || !key || !mask || !blocks || !workspace) return MRA_ERROR_NULL_POINTER;
+  status = mra::CheckWorkspace(layout, workspace, workspace_bytes);
+  if (status != MRA_OK) return status;
+  mra::SelectionOutput out = {mra::MakeProblem(*params, layout, workspace), blocks, score};
+  out.problem.query = query, out.problem.key = key, out.problem.mask = mask;
+  out.problem.full = false;  // there is no value to pool
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  cudaError_t error = params->dtype == MRA_FLOAT32   ? mra::LaunchSelection<float>(*params, layout, out.problem, on)
+                      : params->dtype == MRA_FLOAT16 ? mra::LaunchSelection<__half>(*params, layout, out.problem, on)
+                                                     : mra::LaunchSelection<__nv_bfloat16>(*params, layout, out.problem, on);
+  if (error == cudaSuccess) {
+    error = mra::LaunchKernel(mra::ExportSelectionKernel, layout.heads_total * layout.blocks, mra::kExportThreads, 0, on, out);
+  }
+  return error == cudaSuccess ? MRA_OK : MRA_ERROR_CUDA;
+}
+
+}  // extern "C"
