@@ -88,6 +88,6 @@ def _text_tokens(folder: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     ids: npt.NDArray[np.int64] = tokenizer.encode([text], len(text) * 8)["input_ids"][0]
     if ids.max() >= vocab_size:
         raise CheckpointError(
-            f"the checkpoint's tokenizer gives token {ids.max()}, its vocab_size is {vocab_size}: put the model's own tokenizer there"
+            f"the checkpoint's tokenizer gives token {ids.max()}, vocab_size is {vocab_size}: put the model's own tokenizer there"
         )
     return ids

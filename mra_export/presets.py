@@ -45,7 +45,7 @@ def init_checkpoint(preset: str, out: str | os.PathLike[str], seed: int = 0, num
     """Write a masked-language-model checkpoint with random weights to the new folder `out`; returns its path.
 
     preset: one of PRESETS. seed: 0 or more; the same seed gives the same weights. num_hidden_layers: instead of the preset's.
-    The tokenizer is byte-level, one token per byte of UTF-8 and five special ones: any text runs, in a small part of the vocabulary.
+    The tokenizer is byte-level, one token per byte of UTF-8 and five special ones: any text runs, with few of the vocabulary's ids.
     Raises ContractError for an unknown preset or a bad number, BundleError where `out` is taken or cannot be written.
     """
     if preset not in PRESETS:
