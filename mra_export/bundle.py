@@ -225,9 +225,7 @@ def check_target(path: str | os.PathLike[str], force: bool) -> Path:
     if target.is_dir() and any(target.iterdir()):
         foreign = _foreign_file(target)
         if foreign:
-            raise BundleError(
-                f"{path} holds {foreign}, which is not part of a bundle: choose another folder, or move that file away"
-            )
+            raise BundleError(f"{path} holds {foreign}, which no bundle lists: choose another folder, or move it away")
         if not force:
             raise BundleError(f"{path} already holds a bundle: pass --force to overwrite it, or choose another folder")
     parent = target.parent
@@ -285,7 +283,7 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
     (folder / _STAGED_MANIFEST).replace(folder / MANIFEST)
     _fsync_folder(folder)
     previous = None
-    if target.is_dir() and any(target.iterdir()):
+    if force and target.is_dir() and any(target.iterdir()):
         previous = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
         target.replace(previous)
     try:

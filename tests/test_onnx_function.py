@@ -196,7 +196,7 @@ def test_padding_invariance():
 
 @pytest.mark.parametrize("run", [run_ort, run_reference])
 def test_a_preferred_dead_pair_can_take_the_budget(run):
-    # Left padding: pair (0, 0) is dead but preferred three times, so it ranks with the live diagonal, at score 0 as their row maxima.
+    # Left padding: pair (0, 0) is dead but preferred three times, so it ranks with the live diagonal, and at score 0 as they do.
     attributes = Attributes(2, 1, 0.25, "full", 1, 1, True)
     feeds = inputs(2, 1, 128, 32, masked=0.0)
     feeds["key"] = feeds["query"] * 2  # makes the diagonal each row's maximum
