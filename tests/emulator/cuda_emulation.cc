@@ -1,0 +1,473 @@
+// The scheduler behind cuda_emulation.h, and what tests call to steer it (the C functions at the end).
+#include "cuda_emulation.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#include <ucontext.h>
+#endif
+
+namespace mra_emulation {
+
+Thread* current = nullptr;
+dim3 block_index = {0, 0, 0};
+unsigned char* shared_memory = nullptr;
+
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr size_t kSharedLimit = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 allow a CTA
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kGuardBytes = 1 << 20;
+constexpr int kFaultExit = 97;
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Switching between stacks.
+
+#if defined(__x86_64__) || defined(__aarch64__)
+typedef void* Context;  // the stack pointer, below the saved registers
+
+extern "C" void mra_emulation_switch(Context* save, Context load);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl mra_emulation_switch
+.hidden mra_emulation_switch
+.type mra_emulation_switch, @function
+mra_emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+constexpr int kSavedWords = 6, kReturnWord = 6, kFrameWords = 8;  // the 8th word keeps the stack aligned at the function's entry
+#else
+asm(R"(
+.text
+.globl mra_emulation_switch
+.hidden mra_emulation_switch
+.type mra_emulation_switch, %function
+mra_emulation_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+)");
+constexpr int kReturnWord = 11, kFrameWords = 20;
+#endif
+
+void SwitchContext(Context* save, Context* load) { mra_emulation_switch(save, *load); }
+
+void PrepareContext(Context* context, unsigned char* stack, void (*entry)()) {
+  void** frame = reinterpret_cast<void**>(stack + kStackBytes) - kFrameWords;
+  memset(frame, 0, kFrameWords * sizeof(void*));
+  frame[kReturnWord] = reinterpret_cast<void*>(entry);
+  *context = frame;
+}
+#else
+typedef ucontext_t Context;
+
+void SwitchContext(Context* save, Context* load) { swapcontext(save, load); }
+
+void PrepareContext(Context* context, unsigned char* stack, void (*entry)()) {
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = kStackBytes;
+  context->uc_link = nullptr;
+  makecontext(context, entry, 0);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Scheduling.
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Fiber : Thread {
+  Context context;
+  State state;
+  const char* file;
+  int line;
+  WarpFunction function;
+  uint32_t mask, value, result;
+  int source;
+};
+
+struct Launched {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
+struct Machine {
+  std::mutex mutex;  // one launch at a time
+  uint64_t seed = 0;
+  uint64_t random = 1;
+  unsigned char* stacks = nullptr;
+  Fiber fibers[kMaxThreads];
+  int threads = 0;
+  std::vector<int> ready;
+  size_t ready_head = 0;  // in order (seed 0) the queue is consumed from here
+  int at_barrier = 0;
+  Context main;
+  void (*entry)(const void*) = nullptr;
+  const void* argument = nullptr;
+  std::string error;
+  std::vector<Launched> log;
+  int fail_after = -1;  // launches that still succeed before one is refused
+};
+Machine machine;
+
+uint64_t NextRandom() {  // xorshift64
+  machine.random ^= machine.random << 13;
+  machine.random ^= machine.random >> 7;
+  machine.random ^= machine.random << 17;
+  return machine.random;
+}
+
+Fiber* Self() { return static_cast<Fiber*>(current); }
+
+// Runs the next ready fiber, or the launcher if there is none.
+void Leave() {
+  Fiber* self = Self();
+  std::vector<int>& ready = machine.ready;
+  if (machine.ready_head == ready.size()) {
+    ready.clear();
+    machine.ready_head = 0;
+    SwitchContext(&self->context, &machine.main);
+    return;
+  }
+  if (machine.seed != 0) {
+    const size_t pick = machine.ready_head + NextRandom() % (ready.size() - machine.ready_head);
+    std::swap(ready[machine.ready_head], ready[pick]);
+  }
+  Fiber* next = &machine.fibers[ready[machine.ready_head++]];
+  if (machine.ready_head == ready.size()) {
+    ready.clear();
+    machine.ready_head = 0;
+  }
+  if (next == self) return;
+  current = next;
+  SwitchContext(&self->context, &next->context);
+}
+
+void Wake(Fiber* fiber) {
+  fiber->state = State::kReady;
+  machine.ready.push_back(static_cast<int>(fiber->index.x));
+}
+
+void FiberMain() {
+  machine.entry(machine.argument);
+  Self()->state = State::kDone;
+  Leave();
+  abort();  // a finished fiber is never resumed
+}
+
+// Who waits where, for a CTA that can make no progress.
+std::string DescribeWaiters() {
+  std::map<std::string, std::vector<int>> groups;
+  for (int t = 0; t < machine.threads; ++t) {
+    const Fiber& f = machine.fibers[t];
+    const char* slash = f.file ? strrchr(f.file, '/') : nullptr;
+    const std::string place = f.file ? std::string(slash ? slash + 1 : f.file) + ":" + std::to_string(f.line) : "";
+    const std::string what = f.state == State::kDone        ? "have exited"
+                             : f.state == State::kAtBarrier ? "wait in __syncthreads at " + place
+                                                            : "wait in a warp function at " + place;
+    groups[what].push_back(t);
+  }
+  std::string text = "CTA " + std::to_string(block_index.x) + " is stuck:";
+  for (const auto& group : groups) {
+    text += " " + std::to_string(group.second.size()) + " threads (first " + std::to_string(group.second.front()) + ") " +
+            group.first + ";";
+  }
+  return text;
+}
+
+// A buffer between inaccessible pages. Reads and writes outside it fault.
+struct Guarded {
+  unsigned char* mapping;
+  size_t mapping_bytes;
+  unsigned char* data;
+  size_t bytes;
+  std::string name;
+};
+
+Guarded MapGuarded(const char* name, size_t bytes, bool at_end) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t inner = (bytes + page - 1) / page * page;
+  Guarded g;
+  g.mapping_bytes = inner + 2 * kGuardBytes;
+  void* raw = mmap(nullptr, g.mapping_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) abort();
+  g.mapping = static_cast<unsigned char*>(raw);
+  if (inner != 0 && mprotect(g.mapping + kGuardBytes, inner, PROT_READ | PROT_WRITE) != 0) abort();
+  g.data = g.mapping + kGuardBytes + (at_end ? inner - bytes : 0);
+  g.bytes = bytes;
+  g.name = name;
+  memset(g.data, 0xff, bytes);  // NaN in every float format
+  return g;
+}
+
+std::vector<Guarded>& Buffers() {
+  static std::vector<Guarded> buffers;
+  return buffers;
+}
+
+// Shared memory of the CTA ends at the guard page, up to the 16 bytes its start is aligned to.
+Guarded& SharedArena() {
+  static Guarded arena = MapGuarded("shared memory", kSharedLimit, true);
+  return arena;
+}
+
+bool RunBlock(int64_t block, int threads, size_t shared_bytes) {
+  block_index = {static_cast<unsigned>(block), 0, 0};
+  unsigned char* end = SharedArena().data + kSharedLimit;
+  const size_t rounded = (shared_bytes + 15) / 16 * 16;
+  shared_memory = end - rounded;
+  memset(shared_memory, 0xff, rounded);
+
+  machine.threads = threads;
+  machine.at_barrier = 0;
+  machine.ready.clear();
+  machine.ready_head = 0;
+  for (int t = 0; t < threads; ++t) {
+    Fiber& f = machine.fibers[t];
+    f.index = {static_cast<unsigned>(t), 0, 0};
+    f.file = nullptr;
+    PrepareContext(&f.context, machine.stacks + t * 2 * kStackBytes + kStackBytes, FiberMain);
+    Wake(&f);
+  }
+  const size_t first = machine.seed != 0 ? NextRandom() % static_cast<size_t>(threads) : 0;
+  std::swap(machine.ready[0], machine.ready[first]);
+  Fiber* next = &machine.fibers[machine.ready[machine.ready_head++]];
+  current = next;
+  SwitchContext(&machine.main, &next->context);
+  current = nullptr;
+
+  for (int t = 0; t < threads; ++t) {
+    if (machine.fibers[t].state != State::kDone) {
+      machine.error = DescribeWaiters();
+      return false;
+    }
+  }
+  for (const unsigned char* p = shared_memory + shared_bytes; p < end; ++p) {
+    if (*p != 0xff) {
+      machine.error = "CTA " + std::to_string(block) + " wrote " + std::to_string(p - shared_memory - shared_bytes) +
+                      " bytes past its " + std::to_string(shared_bytes) + " bytes of shared memory";
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int Lane() { return static_cast<int>(current->index.x % 32); }
+
+void SyncThreads(const char* file, int line) {
+  Fiber* self = Self();
+  self->state = State::kAtBarrier;
+  self->file = file;
+  self->line = line;
+  if (++machine.at_barrier == machine.threads) {
+    bool same = true;
+    for (int t = 0; t < machine.threads; ++t) same &= machine.fibers[t].line == line && strcmp(machine.fibers[t].file, file) == 0;
+    if (same) {  // else nobody wakes, and the launch reports who waits where
+      machine.at_barrier = 0;
+      for (int t = 0; t < machine.threads; ++t) Wake(&machine.fibers[t]);
+    }
+  }
+  Leave();
+}
+
+uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int source, const char* file, int line) {
+  Fiber* self = Self();
+  self->state = State::kInWarp;
+  self->file = file;
+  self->line = line;
+  self->function = function;
+  self->mask = mask;
+  self->value = value;
+  self->source = source;
+  Fiber* warp = &machine.fibers[self->index.x / 32 * 32];
+  bool complete = mask >> Lane() & 1u;  // a lane outside its own mask waits for ever
+  for (int n = 0; n < 32 && complete; ++n) {
+    if (!(mask >> n & 1u)) continue;
+    const Fiber& f = warp[n];
+    complete = f.state == State::kInWarp && f.function == function && f.mask == mask && f.line == line &&
+               strcmp(f.file, file) == 0 && (function != WarpFunction::kShuffle || mask >> f.source & 1u);
+  }
+  if (complete) {
+    uint32_t ballot = 0;
+    for (int n = 0; n < 32; ++n) ballot |= (mask >> n & 1u) && warp[n].value != 0 ? 1u << n : 0u;
+    for (int n = 0; n < 32; ++n) {
+      if (!(mask >> n & 1u)) continue;
+      uint32_t result = ballot;
+      if (function == WarpFunction::kShuffle) result = warp[warp[n].source].value;
+      if (function == WarpFunction::kMatch) {
+        result = 0;
+        for (int m = 0; m < 32; ++m) result |= (mask >> m & 1u) && warp[m].value == warp[n].value ? 1u << m : 0u;
+      }
+      warp[n].result = result;
+      Wake(&warp[n]);
+    }
+  }
+  Leave();
+  return self->result;
+}
+
+cudaError_t Launch(void (*entry)(const void*), const void* argument, int64_t blocks, int threads, size_t shared_bytes) {
+  std::lock_guard<std::mutex> lock(machine.mutex);
+  machine.error.clear();
+  machine.log.push_back({blocks, threads, static_cast<int64_t>(shared_bytes)});
+  if (machine.fail_after >= 0 && machine.fail_after-- == 0) {
+    machine.error = "launch refused: the test asked for it";
+    return cudaErrorLaunchFailure;
+  }
+  if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > kMaxThreads || threads % 32 != 0 ||
+      shared_bytes > kSharedLimit) {
+    machine.error = "launch refused: " + std::to_string(blocks) + " CTAs of " + std::to_string(threads) + " threads with " +
+                    std::to_string(shared_bytes) + " bytes of shared memory";
+    return cudaErrorInvalidValue;
+  }
+  if (machine.stacks == nullptr) {  // each stack has an inaccessible neighbour below
+    void* raw =
+        mmap(nullptr, kMaxThreads * 2 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) abort();
+    machine.stacks = static_cast<unsigned char*>(raw);
+    for (int t = 0; t < kMaxThreads; ++t) mprotect(machine.stacks + t * 2 * kStackBytes, kStackBytes, PROT_NONE);
+  }
+  machine.random = machine.seed * 0x9e3779b97f4a7c15u + 1;
+  machine.entry = entry;
+  machine.argument = argument;
+  std::vector<int64_t> order(static_cast<size_t>(blocks));
+  for (int64_t n = 0; n < blocks; ++n) order[n] = n;
+  for (int64_t n = blocks - 1; n > 0 && machine.seed != 0; --n) std::swap(order[n], order[NextRandom() % (n + 1)]);
+  for (const int64_t block : order) {
+    if (!RunBlock(block, threads, shared_bytes)) return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+namespace {
+
+void OnFault(int, siginfo_t* info, void*) {
+  const unsigned char* address = static_cast<const unsigned char*>(info->si_addr);
+  char text[512];
+  int length = snprintf(text, sizeof text, "mra_emulation: access to unmapped memory");
+  std::vector<Guarded> candidates = Buffers();
+  candidates.push_back(SharedArena());
+  for (const Guarded& g : candidates) {
+    if (address < g.mapping || address >= g.mapping + g.mapping_bytes) continue;
+    const bool below = address < g.data;
+    const long long distance = below ? g.data - address : address - (g.data + g.bytes);
+    length = snprintf(text, sizeof text, "mra_emulation: access out of bounds: %lld bytes %s %s (%zu bytes)", distance,
+                      below ? "before the start of" : "past the end of", g.name.c_str(), g.bytes);
+  }
+  if (current != nullptr) {
+    length += snprintf(text + length, sizeof text - length, ", thread %u of CTA %u, launch %zu", current->index.x, block_index.x,
+                       machine.log.size());
+  }
+  text[length++] = '\n';
+  const ssize_t written = write(STDERR_FILENO, text, length);
+  _exit(written == length ? kFaultExit : kFaultExit + 1);
+}
+
+}  // namespace
+}  // namespace mra_emulation
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// For tests.
+
+extern "C" {
+using namespace mra_emulation;
+
+// Order of fibers and CTAs from now on; 0: ascending.
+void mra_emulation_seed(uint64_t seed) { machine.seed = seed; }
+
+// Why the last launch failed; "" if it did not.
+const char* mra_emulation_error() { return machine.error.c_str(); }
+
+// The launches so far, three numbers each: CTAs, threads, bytes of shared memory. Returns how many there were and forgets them.
+int mra_emulation_launches(int64_t* numbers, int most) {
+  const int count = static_cast<int>(machine.log.size());
+  for (int n = 0; n < count && n < most; ++n) {
+    numbers[3 * n] = machine.log[n].blocks;
+    numbers[3 * n + 1] = machine.log[n].threads;
+    numbers[3 * n + 2] = machine.log[n].shared_bytes;
+  }
+  machine.log.clear();
+  return count;
+}
+
+// Refuses one launch after `launches` more have succeeded.
+void mra_emulation_fail_after(int launches) { machine.fail_after = launches; }
+
+// A buffer of NaN bytes between inaccessible pages, at their end or at their start. Never freed: for short-lived test processes.
+void* mra_emulation_allocate(const char* name, size_t bytes, int at_end) {
+  Buffers().push_back(MapGuarded(name, bytes, at_end != 0));
+  return Buffers().back().data;
+}
+
+// From now on an access out of bounds prints what was hit and by whom, and ends the process with status 97.
+void mra_emulation_catch_faults() {
+  static unsigned char stack[64 * 1024];
+  stack_t alternate = {};
+  alternate.ss_sp = stack;
+  alternate.ss_size = sizeof stack;
+  sigaltstack(&alternate, nullptr);
+  struct sigaction action = {};
+  action.sa_sigaction = OnFault;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  sigaction(SIGSEGV, &action, nullptr);
+  sigaction(SIGBUS, &action, nullptr);
+}
+
+uint32_t mra_emulation_half_to_float(uint16_t bits) { return __float_as_uint(__half2float(__half{bits})); }
+uint32_t mra_emulation_bfloat_to_float(uint16_t bits) { return __float_as_uint(__bfloat162float(__nv_bfloat16{bits})); }
+uint16_t mra_emulation_float_to_half(uint32_t bits) { return __float2half_rn(__uint_as_float(bits)).bits; }
+uint16_t mra_emulation_float_to_bfloat(uint32_t bits) { return __float2bfloat16_rn(__uint_as_float(bits)).bits; }
+}
