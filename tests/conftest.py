@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would only fight over them
+# Test tensors are small and test processes many: threads beyond the first cost far more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("repository", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repository")

@@ -52,7 +52,10 @@ def load(path_or_hub_id: str | Path, task: str = "auto", dtype: torch.dtype = to
         raise ContractError(f"dtype is {dtype}: use a floating point type")
     config = _config(path_or_hub_id)
     if task == "auto":
-        task = task_of(config)
+        try:
+            task = task_of(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path_or_hub_id}: {error}") from None
     model_class = TASKS[task]
     try:
         model, info = model_class.from_pretrained(

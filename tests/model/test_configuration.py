@@ -50,7 +50,9 @@ def test_every_parameter_survives_a_file_and_reads_in_transformers(tmp_path: Any
 
 
 def test_attributes() -> None:
-    config = MraConfig(block_per_row=8, max_position_embeddings=4096, initial_prior_first_n_blocks=3, initial_prior_diagonal_n_blocks=1)
+    config = MraConfig(
+        block_per_row=8, max_position_embeddings=4096, initial_prior_first_n_blocks=3, initial_prior_diagonal_n_blocks=1
+    )
     assert config.attributes() == Attributes(12, 1024, 0.125, "full", 3, 1, False)
     small = MraConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=100, block_per_row=9, approx_mode="sparse")
     assert small.attributes(padding_invariant=True) == Attributes(4, 9, 32**-0.5, "sparse", 0, 0, True)
@@ -61,7 +63,10 @@ def test_attributes() -> None:
     [
         ({"approx_mode": "dense"}, "approx_mode is 'dense': use one of full, sparse"),
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh': use one of gelu, relu, selu, gelu_new"),
-        ({"position_embedding_type": "rotary"}, "position_embedding_type is 'rotary': use one of absolute, relative_key, relative_key_query"),
+        (
+            {"position_embedding_type": "rotary"},
+            "position_embedding_type is 'rotary': use one of absolute, relative_key, relative_key_query",
+        ),
         ({"hidden_size": 100, "num_attention_heads": 12}, "hidden_size is 100, num_attention_heads 12"),
         ({"hidden_size": 48, "num_attention_heads": 12}, "head size must be 8 to 256"),
         ({"hidden_size": "768"}, "hidden_size is '768': it must be an integer, 1 or more"),
@@ -83,7 +88,9 @@ def test_a_model_refuses_what_was_set_after_construction(tiny_config: Any) -> No
         MraModel(config)
 
 
-def test_relative_positions_are_accepted_with_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_relative_positions_are_accepted_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(configuration, "_warned_of_relative_positions", False)
     with caplog.at_level(logging.WARNING):
         for kind in ("relative_key", "relative_key_query", "absolute"):
