@@ -1,12 +1,13 @@
-"""Look inside a running model: the query, key, value and mask of every MraAttention, in PyTorch and in ONNX."""
+"""Look inside a running model: what each MraAttention was given and which blocks it chose, in PyTorch and in ONNX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -14,39 +15,40 @@ import onnx.helper
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mra_export import kernel
 from mra_export.contract import OP_DOMAIN, OP_TYPE, Attributes
 from mra_export.model import attention as reference
-from mra_export.selection import Selection, block_scores, select
+from mra_export.selection import Choice, block_scores, select
 
 _TORCH_OP = torch.ops.mra.attention.default
+_FUNCTION_CHOICE = ("chosen_flat", "excluded_flat")
+"""Where onnx_function.py keeps its choice: (B, H, nb * nb) bool each."""
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What one layer's operator was given. query, key, value: (B, N, H * D) float32 (16-bit values widened); mask: (B, N) bool.
+class Layer:
+    """One call of the operator. query, key, value: (B, N, H * D) of the model's dtype; mask: (B, N) bool; choice: its blocks.
 
     value is None where the graph was only asked for what selection needs.
     """
 
-    query: npt.NDArray[np.float32]
-    key: npt.NDArray[np.float32]
-    value: npt.NDArray[np.float32] | None
+    query: npt.NDArray[Any]
+    key: npt.NDArray[Any]
+    value: npt.NDArray[Any] | None
     mask: npt.NDArray[np.bool_]
-
-    def selection(self, attributes: Attributes) -> Selection:
-        """The blocks the operator chooses from these inputs."""
-        return select(block_scores(self.query, self.key, self.mask, attributes), attributes.num_blocks)
+    choice: Choice
 
 
 class TorchProbe(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     """While active, records each call of mra::attention; on request, answers it with the reference instead.
 
-    reference: run attention in plain torch. forced: one selection per layer, which the reference then uses (implies reference).
+    reference: run attention in plain torch. forced: one choice per layer, which the reference then uses (implies reference).
     """
 
-    def __init__(self, *, reference: bool = False, forced: Sequence[Selection] | None = None) -> None:
+    def __init__(self, *, reference: bool = False, forced: Sequence[Choice] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layers: list[LayerInputs] = []
+        self.layers: list[Layer] = []
         self._reference = reference or forced is not None
         self._forced = forced
 
@@ -56,45 +58,75 @@ class TorchProbe(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
         if func is not _TORCH_OP:
             return func(*args, **(kwargs or {}))
         query, key, value, mask, *rest = args
-        forced = self._forced[len(self.layers)] if self._forced is not None else None
-        self.layers.append(LayerInputs(_widened(query), _widened(key), _widened(value), (mask != 0).cpu().numpy()))
-        if not self._reference:
-            return func(*args, **(kwargs or {}))
         attributes = Attributes(*rest, **(kwargs or {}))
-        return reference.mra_attention(
-            query, key, value, mask, attributes, selection=None if forced is None else _torch_selection(forced, query.device)
-        )
+        q, k, v = (_to_numpy(tensor) for tensor in (query, key, value))
+        real = (mask != 0).cpu().numpy()
+        if not self._reference:
+            self.layers.append(Layer(q, k, v, real, kernel_choice(q, k, real, attributes)))
+            return func(*args, **(kwargs or {}))
+        forced = None if self._forced is None else _selection(self._forced[len(self.layers)], query.device)
+        context, used = reference.mra_attention(query, key, value, mask, attributes, selection=forced, return_selection=True)
+        self.layers.append(Layer(q, k, v, real, Choice(used.chosen.cpu().numpy(), used.excluded.cpu().numpy())))
+        return context
 
 
-def debug_graph(model: Path) -> tuple[bytes, list[tuple[str, str, str]]]:
-    """The graph with each MraAttention's query, key and mask as outputs too, and their names by layer. In memory: up to 2 GB."""
-    proto = onnx.load(model)
-    present = {output.name for output in proto.graph.output}
-    names = []
-    for node in proto.graph.node:
-        if node.domain == OP_DOMAIN and node.op_type == OP_TYPE:
-            query, key, _, mask = node.input
-            names.append((query, key, mask))
-            for name in (query, key, mask):
-                if name not in present:
-                    proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-                    present.add(name)
-    return proto.SerializeToString(), names
+class DebugGraph:
+    """A bundle's graph with each MraAttention's query, key and mask as outputs too, built in memory: up to 2 GB.
+
+    function_choice: also the choice that the function body makes. A runtime that has its own MraAttention cannot give it; there it
+    is asked of the compiled kernel, which is the same code.
+    """
+
+    def __init__(self, model: Path, attributes: Attributes, function_choice: bool) -> None:
+        self._attributes = attributes
+        self._function_choice = function_choice
+        proto = onnx.load(model)
+        if function_choice:
+            for function in proto.functions:
+                if (function.domain, function.name) == (OP_DOMAIN, OP_TYPE):
+                    function.output.extend(_FUNCTION_CHOICE)
+        present = {output.name for output in proto.graph.output}
+        self._names: list[tuple[str, ...]] = []
+        for node in proto.graph.node:
+            if (node.domain, node.op_type) == (OP_DOMAIN, OP_TYPE):
+                query, key, _, mask = node.input
+                choice = [f"{node.output[0]}/{name}" for name in _FUNCTION_CHOICE] if function_choice else []
+                node.output.extend(choice)
+                self._names.append((query, key, mask, *choice))
+                for name in (query, key, mask, *choice):
+                    if name not in present:
+                        proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+                        present.add(name)
+        self.serialized: bytes = proto.SerializeToString()
+
+    def layers(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Layer]:
+        """Pick the layers out of this graph's outputs."""
+        found = []
+        for query_name, key_name, mask_name, *choice_names in self._names:
+            query, key, mask = outputs[query_name], outputs[key_name], outputs[mask_name] != 0
+            if choice_names:
+                blocks = (*(outputs[name] for name in choice_names),)
+                side = round(blocks[0].shape[-1] ** 0.5)
+                choice = Choice(*(block.reshape(*block.shape[:2], side, side) for block in blocks))
+            else:
+                choice = kernel_choice(query, key, mask, self._attributes)
+            found.append(Layer(query, key, None, mask, choice))
+        return found
 
 
-def layers_of(outputs: dict[str, npt.NDArray[Any]], names: Sequence[tuple[str, str, str]]) -> list[LayerInputs]:
-    """Pick the layers out of a debug graph's outputs."""
-    return [
-        LayerInputs(outputs[query].astype(np.float32), outputs[key].astype(np.float32), None, outputs[mask] != 0)
-        for query, key, mask in names
-    ]
+def kernel_choice(query: npt.NDArray[Any], key: npt.NDArray[Any], mask: npt.NDArray[np.bool_], attributes: Attributes) -> Choice:
+    """What the compiled kernel chooses; without the library, what the formula chooses."""
+    if kernel.available():
+        chosen, excluded, _ = kernel.selection(query, key, mask, attributes)
+        return Choice(chosen, excluded)
+    return select(block_scores(query, key, mask, attributes), attributes.num_blocks)
 
 
-def _widened(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    return np.asarray(tensor.detach().float().cpu().numpy())
+def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    return np.asarray(tensor.detach().float().cpu().numpy().astype(_NUMPY[tensor.dtype]))
 
 
-def _torch_selection(selection: Selection, device: torch.device) -> reference.Selection:
-    chosen, excluded = (torch.from_numpy(array).to(device) for array in (selection.chosen, selection.excluded))
-    nothing = torch.zeros(0, device=device)  # scores are what selection is made of: a forced one has none
+def _selection(choice: Choice, device: torch.device) -> reference.Selection:
+    chosen, excluded = (torch.from_numpy(array).to(device) for array in (choice.chosen, choice.excluded))
+    nothing = torch.zeros(0, device=device)  # a forced choice has no scores
     return reference.Selection(chosen=chosen, excluded=excluded, score_class=nothing, score=nothing, margin=nothing)

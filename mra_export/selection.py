@@ -28,31 +28,20 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """chosen, excluded: (B, H, nb, nb) bool, steps 5 and 6 of docs/operator.md.
-
-    last_level, last_score: (B, H), of the lowest chosen block. next_score: (B, H), of the best block not chosen if it is on the
-    same level, else -inf. gap = last_score - next_score is how clear the choice was, in logit units.
-    """
+class Choice:
+    """chosen, excluded: (B, H, nb, nb) bool, steps 5 and 6 of docs/operator.md."""
 
     chosen: Bool
     excluded: Bool
-    last_level: npt.NDArray[np.int64]
-    last_score: Float32
-    next_score: Float32
-
-    @property
-    def gap(self) -> Float32:
-        return self.last_score - self.next_score
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Two runtimes' choices in one layer.
+    """A runtime's choice in one layer beside the one that the reference's scores give.
 
     share: chosen by both / chosen by the reference. differing: number of block pairs that only one of them chose or excluded.
-    margins: how far, in logit units, each differing pair was from being chosen the other way by the reference; inf where it was
-    not even on the level of the last choice.
+    margins: how far, in logit units, each differing pair was from falling the other way; inf where it was not even on the level of
+    the last choice.
     """
 
     share: float
@@ -85,8 +74,25 @@ def block_scores(query: npt.ArrayLike, key: npt.ArrayLike, mask: npt.ArrayLike, 
     return Scores(level, score.astype(np.float32))
 
 
-def select(scores: Scores, num_blocks: int) -> Selection:
+def select(scores: Scores, num_blocks: int) -> Choice:
     """Step 5: the num_blocks highest pairs; equal scores go to the lower flat index."""
+    return _select(scores, num_blocks)[0]
+
+
+def overlap(scores: Scores, num_blocks: int, other: Choice) -> Overlap:
+    """Compare a runtime's choice with the one the reference's scores give."""
+    own, last_level, last, following = _select(scores, num_blocks)
+    differs = (own.chosen != other.chosen) | (own.excluded != other.excluded)
+    # A chosen pair would have had to fall to the best one not chosen, another to rise to the last one chosen.
+    distance = np.where(own.chosen, scores.score - following, last - scores.score)
+    margins = np.where(scores.level == last_level, distance, np.inf)[differs].astype(np.float32)
+    both = int((own.chosen & other.chosen).sum())
+    return Overlap(both / int(own.chosen.sum()), int(differs.sum()), margins)
+
+
+def _select(scores: Scores, num_blocks: int) -> tuple[Choice, npt.NDArray[np.int64], Float32, Float32]:
+    """The choice; then, each (B, H, 1, 1): level and score of the last pair chosen, and score of the best one on that level that was
+    not chosen, -inf without one."""
     shape = scores.score.shape
     level, score = scores.level.reshape(*shape[:2], -1), scores.score.reshape(*shape[:2], -1)
     kept = min(num_blocks, level.shape[-1])
@@ -95,23 +101,10 @@ def select(scores: Scores, num_blocks: int) -> Selection:
     np.put_along_axis(chosen, order[..., :kept], True, axis=-1)
     last = order[..., kept - 1 : kept]
     last_level, last_score = np.take_along_axis(level, last, axis=-1), np.take_along_axis(score, last, axis=-1)
-    excluded = (level > last_level) | ((level == last_level) & (score >= last_score))
-    rivals = np.where(~chosen & (level == last_level), score, -np.inf).astype(np.float32)
-    return Selection(
-        chosen.reshape(shape), (excluded | chosen).reshape(shape), last_level[..., 0], last_score[..., 0], rivals.max(axis=-1)
-    )
-
-
-def overlap(scores: Scores, reference: Selection, other: Selection) -> Overlap:
-    """Compare another runtime's selection with the reference's, in the reference's scores."""
-    differs = (reference.chosen != other.chosen) | (reference.excluded != other.excluded)
-    last, following = (bound[..., None, None] for bound in (reference.last_score, reference.next_score))
-    same_level = scores.level == reference.last_level[..., None, None]
-    with np.errstate(invalid="ignore"):
-        distance = np.where(reference.chosen, scores.score - following, last - scores.score)
-    margins = np.where(same_level, distance, np.inf)[differs].astype(np.float32)
-    both = int((reference.chosen & other.chosen).sum())
-    return Overlap(both / max(int(reference.chosen.sum()), 1), int(differs.sum()), margins)
+    excluded = chosen | (level > last_level) | ((level == last_level) & (score >= last_score))
+    following = np.where(~chosen & (level == last_level), score, -np.inf).max(axis=-1, keepdims=True)
+    choice = Choice(chosen.reshape(shape), excluded.reshape(shape))
+    return choice, last_level[..., None], last_score[..., None], following[..., None].astype(np.float32)
 
 
 def clear_budget(scores: Scores, wanted: int) -> tuple[int, float]:
@@ -143,24 +136,24 @@ def dense_attention(
 ) -> npt.NDArray[np.float64]:
     """The operator's formula, dense and in float64: the judge of every runtime's arithmetic. (B, N, H * D) -> (B, N, H * D).
 
-    N x N memory per head. The selection is the one `select` makes from these inputs.
+    N x N memory per head. The choice is the one `select` makes from these inputs.
     """
     real = np.asarray(mask) != 0
     batch, length = real.shape
-    selection = select(block_scores(query, key, mask, attributes), attributes.num_blocks)
+    choice = select(block_scores(query, key, mask, attributes), attributes.num_blocks)
     q, k, v = (
         np.where(real[..., None], np.asarray(tensor).astype(np.float64), 0.0)
         .reshape(batch, length, attributes.num_heads, -1)
         .transpose(0, 2, 1, 3)
         for tensor in (query, key, value)
     )
-    blocks = selection.chosen.shape[-1]
+    blocks = choice.chosen.shape[-1]
     count = _blocked(real, blocks).sum(axis=-1)[:, None, :, None] + 1e-6
     qm, km = (_blocked(tensor.swapaxes(-1, -2), blocks).sum(axis=-1).swapaxes(-1, -2) / count for tensor in (q, k))
     low = attributes.scale * qm @ km.swapaxes(-1, -2)  # (B, H, nb, nb) block logits
     exact = attributes.scale * q @ k.swapaxes(-1, -2)  # (B, H, N, N) token logits
-    coarse = np.where(selection.excluded, -np.inf, low) if attributes.approx_mode == "full" else np.full_like(low, -np.inf)
-    logits = np.where(_spread(selection.chosen, length), exact, _spread(coarse, length))
+    coarse = np.where(choice.excluded, -np.inf, low) if attributes.approx_mode == "full" else np.full_like(low, -np.inf)
+    logits = np.where(_spread(choice.chosen, length), exact, _spread(coarse, length))
     logits = np.where(real[:, None, None, :], logits, -np.inf)
     largest = logits.max(axis=-1, keepdims=True)
     weights = np.exp(logits - np.where(np.isfinite(largest), largest, 0.0))

@@ -17,11 +17,11 @@ from mra_export import kernel
 from mra_export.backends.onnx_runtime import OnnxRuntimeBackend, session_options
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.cases import Case, Inputs
-from mra_export.contract import DTYPES, OP_DOMAIN, OP_TYPE, OP_VERSION, Attributes
+from mra_export.contract import DTYPES, OP_DOMAIN, OP_TYPE, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, Attributes
 from mra_export.errors import BackendError
 from mra_export.model.attention import mra_attention
 from mra_export.onnx_function import element_type, function_proto
-from mra_export.probe import LayerInputs, TorchProbe, debug_graph, layers_of
+from mra_export.probe import DebugGraph, Layer, TorchProbe
 from mra_export.runtime import MraRuntime
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -45,7 +45,7 @@ class Subject(ABC):
         self.runtime: MraRuntime | None = None
 
     @abstractmethod
-    def observe(self, inputs: Inputs) -> tuple[Arrays, list[LayerInputs]]:
+    def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
         """Run once: outputs, and what each layer's operator was given."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class _Torch(Subject):
         assert self.runtime is not None
         return self.runtime.run(**inputs)
 
-    def observe(self, inputs: Inputs) -> tuple[Arrays, list[LayerInputs]]:
+    def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
         with TorchProbe(reference=self._reference) as probe:
             outputs = self._running.run(**inputs)
         return outputs, probe.layers
@@ -112,15 +112,15 @@ class _OnnxRuntime(Subject):
         super().__init__(name, bundle)
         self._library = bundle.file(OP_LIBRARY) if name == "onnxruntime" and OP_LIBRARY in bundle.manifest.files else None
         self.runtime = MraRuntime.load(bundle, "onnxruntime", use_op_library=name == "onnxruntime")
-        graph, self._names = debug_graph(bundle.file(MODEL))
-        self._debug = OnnxRuntimeBackend(graph, dtype=bundle.manifest.dtype, library=self._library)
+        self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=self._library is None)
+        self._debug = OnnxRuntimeBackend(self._graph.serialized, dtype=bundle.manifest.dtype, library=self._library)
 
     def run(self, inputs: Inputs) -> Arrays:
         assert self.runtime is not None
         return self.runtime.run(**inputs)
 
-    def observe(self, inputs: Inputs) -> tuple[Arrays, list[LayerInputs]]:
-        return self.run(inputs), layers_of(self._debug.run(inputs), self._names)
+    def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
+        return self.run(inputs), self._graph.layers(self._debug.run(inputs))
 
     def operator(
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
@@ -153,13 +153,13 @@ class _OnnxReference(Subject):
             raise BackendError(
                 f"the graph has {size >> 20} MB: onnx's ReferenceEvaluator is plain numpy, verify gives it up to {limit} MB"
             )
-        graph, self._names = debug_graph(bundle.file(MODEL))
-        self._evaluator = ReferenceEvaluator(onnx.load_from_string(graph))
+        self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=True)
+        self._evaluator = ReferenceEvaluator(onnx.load_from_string(self._graph.serialized))
 
-    def observe(self, inputs: Inputs) -> tuple[Arrays, list[LayerInputs]]:
+    def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
         with np.errstate(all="ignore"):
             outputs = dict(zip(self._evaluator.output_names, self._evaluator.run(None, dict(inputs)), strict=True))
-        return outputs, layers_of(outputs, self._names)
+        return outputs, self._graph.layers(outputs)
 
     def operator(
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
@@ -180,6 +180,7 @@ class _OnnxReference(Subject):
 def operator_model(attributes: Attributes, hidden: int, dtype: str, opset: int) -> onnx.ModelProto:
     """A model of one MraAttention node and its function body: query, key, value (b, n, hidden), mask (b, n) -> context."""
     values: dict[str, Any] = {name: int(v) if isinstance(v, bool) else v for name, v in attributes.as_dict().items()}
+    values |= {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
     node = onnx.helper.make_node(OP_TYPE, ["query", "key", "value", "mask"], ["context"], domain=OP_DOMAIN, **values)
     element = element_type(dtype)
     tensors = {
