@@ -143,6 +143,9 @@ class OpCase:
     def __repr__(self) -> str:  # a failing example prints its shape and mask, not every number
         return f"OpCase({self.attributes}, shape={self.query.shape}, real={self.mask.sum(1).tolist()})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis asks for this one
+        printer.text(repr(self))
+
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         return self.query, self.key, self.value, self.mask
