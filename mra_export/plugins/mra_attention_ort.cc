@@ -1,5 +1,6 @@
-// ONNX Runtime adapter: op MraAttention, domain "mra", version 1, on the CPU for float32, float16 and bfloat16, using the session's own
-// thread pool. Meaning: docs/operator.md. Built against version 17 of ONNX Runtime's C API, so that 1.17 and everything newer loads it.
+// ONNX Runtime adapter: op MraAttention, domain "mra", version 1, on the CPU for float32, float16 and bfloat16, using the session's
+// own thread pool. Meaning: docs/operator.md. Built against version 17 of ONNX Runtime's C API, so that 1.17 and everything newer
+// loads it.
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -384,8 +385,8 @@ struct Op : OrtCustomOp {
   }
 };
 
-// What sessions point to for as long as they live: the domain and its ops, one set for each ONNX Runtime in the process. Sessions never
-// say when they are done with it, so it is never released.
+// What sessions point to for as long as they live: the domain and its ops, one set for each ONNX Runtime in the process. Sessions
+// never say when they are done with it, so it is never released.
 struct Registration {
   const OrtApi* api;
   Op float32;

@@ -70,11 +70,12 @@ const char* mra_status_string(MraStatus status) {
     case MRA_ERROR_NOT_BUILT:
       return "this library was built without that device: rebuild it with the device enabled";
     case MRA_ERROR_FLAG:
-      return "padding_invariant must be 0 or 1, and reserved 0";
+      return "padding_invariant is neither 0 nor 1, or reserved is not 0: it must be 0 or 1, and reserved 0";
     case MRA_ERROR_TOO_LARGE:
       return "these shapes need more memory than can be addressed: lower batch or length";
     case MRA_ERROR_CPU_TARGET:
-      return "MRA_ATTENTION_CPU_TARGET names an instruction set that this library or machine does not have: unset it, or use one of "
+      return "MRA_ATTENTION_CPU_TARGET names an instruction set that this library or machine does not have: unset it, or use one "
+             "of "
              "avx512, avx2, baseline (x86-64), neon (aarch64)";
     case MRA_ERROR_THREADS:
       return "num_threads is below 1 or parallel_for is NULL: pass a complete MraThreads, or NULL for one thread";

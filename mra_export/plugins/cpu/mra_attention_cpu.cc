@@ -1,4 +1,5 @@
-// C entry points of the CPU kernel: judges parameters, lays out the workspace, picks the instruction set and cuts the work into items.
+// C entry points of the CPU kernel: judges parameters, lays out the workspace, picks the instruction set and cuts the work into
+// items.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,8 +11,8 @@ namespace mra {
 namespace {
 
 constexpr int64_t kMaxWorkers = 1024;
-constexpr int64_t kPiecesPerWorker = 8;               // so that an unlucky thread holds the others up for an eighth of its share at most
-constexpr int64_t kGroupBytes = int64_t{24} << 20;    // packed heads that are in flight together: a share of the last-level cache
+constexpr int64_t kPiecesPerWorker = 8;  // so that an unlucky thread holds the others up for an eighth of its share at most
+constexpr int64_t kGroupBytes = int64_t{24} << 20;  // packed heads that are in flight together: a share of the last-level cache
 constexpr size_t kAlignment = 64;
 
 struct Target {

@@ -2,7 +2,8 @@
 // docs/kernels.md. Compiled once per instruction set with MRA_TARGET naming it; everything but kKernels has internal linkage.
 //
 // The vector dimension is the query token throughout the exact part: logits of a block pair are K (32 x D, broadcast) times Q^T
-// (D x 32), its output V^T (D x 32, broadcast) times weights (32 x 32). So softmax needs no sums across lanes and K and V no transposition.
+// (D x 32), its output V^T (D x 32, broadcast) times weights (32 x 32). So softmax needs no sums across lanes and K and V no
+// transposition.
 #include <stdint.h>
 #include <string.h>
 
@@ -180,19 +181,22 @@ constexpr int kClasses = 6;       // ... to 3, a live pair with all three
 
 // One head's view of the problem.
 struct Head {
-  float* logits;             // (nb8, nb32)
-  float* row_max;            // (nb8)
-  const uint32_t* real;      // (nb)
-  const float* real_count;   // (nb32)
+  float* logits;            // (nb8, nb32)
+  float* row_max;           // (nb8)
+  const uint32_t* real;     // (nb)
+  const float* real_count;  // (nb32)
   int32_t* columns;
   int64_t* row_start;
 };
 
 MRA_INLINE Head HeadOf(const Problem& problem, int64_t head) {
   const GroupBuffers& group = problem.group;
-  return {group.logits + head * problem.nb8 * problem.nb32, group.row_max + head * problem.nb8,
-          group.real + head * problem.nb,                   group.real_count + head * problem.nb32,
-          group.columns + head * problem.chosen,            group.row_start + head * (problem.nb + 1)};
+  return {group.logits + head * problem.nb8 * problem.nb32,
+          group.row_max + head * problem.nb8,
+          group.real + head * problem.nb,
+          group.real_count + head * problem.nb32,
+          group.columns + head * problem.chosen,
+          group.row_start + head * (problem.nb + 1)};
 }
 
 // l_ij = scale * <qm_i, km_j> and r_i. Columns from nb to nb32 become -inf.
@@ -203,7 +207,8 @@ void ComputeLogits(const Problem& problem, int64_t head_index, const Head& head)
   const Floats scale = Splat(problem.params->scale);
   for (int64_t i = 0; i < problem.nb8; i += kPanel) {
     for (int64_t j = 0; j < problem.nb32; j += kBlock) {
-      MultiplyPanel<true>(query_mean + i * D, kPanel, key_mean + j, problem.nb32, D, head.logits + i * problem.nb32 + j, problem.nb32);
+      MultiplyPanel<true>(query_mean + i * D, kPanel, key_mean + j, problem.nb32, D, head.logits + i * problem.nb32 + j,
+                          problem.nb32);
     }
   }
   for (int64_t i = 0; i < problem.nb; ++i) {
@@ -216,13 +221,13 @@ void ComputeLogits(const Problem& problem, int64_t head_index, const Head& head)
         const Floats l = Load(row + j);
         largest = l > largest ? l : largest;
       }
-      head.row_max[i] = Largest(largest);
+      head.row_max[i] = LargestOrNan(largest);
     } else if (head.real[i] != 0) {
       for (int64_t j = 0; j < problem.nb32; j += kLanes) {
         const Floats l = Load(row + j);
         largest = (l > largest) & (Load(head.real_count + j) > 0.0f) ? l : largest;
       }
-      head.row_max[i] = Largest(largest);
+      head.row_max[i] = LargestOrNan(largest);
     } else {
       head.row_max[i] = 0.0f;  // no live pair
     }
@@ -273,8 +278,8 @@ uint32_t SelectKey(uint32_t* keys, int64_t size, int64_t count, int64_t* larger)
   return prefix;
 }
 
-// The boundary of the selection: a pair is chosen if its class is higher, or equal and its key higher, or both equal and it is among the
-// first `ties` such pairs in flat order; the remaining such pairs are excluded too.
+// The boundary of the selection: a pair is chosen if its class is higher, or equal and its key higher, or both equal and it is
+// among the first `ties` such pairs in flat order; the remaining such pairs are excluded too.
 struct Boundary {
   int32_t pair_class;
   uint32_t key;
@@ -323,10 +328,10 @@ Boundary FindBoundary(const Problem& problem, const Head& head, bool one_class, 
   return {pair_class, key, needed - larger};
 }
 
-// Writes the chosen live columns row by row; turns logits into low-resolution logits in units of log2, -inf where they do not count, and
-// row_max into their maximum.
-void Choose(const Problem& problem, const Head& head, bool one_class, Boundary boundary, const WorkerBuffers& worker, uint8_t* blocks,
-            float* score) {
+// Writes the chosen live columns row by row; turns logits into low-resolution logits in units of log2, -inf where they do not
+// count, and row_max into their maximum.
+void Choose(const Problem& problem, const Head& head, bool one_class, Boundary boundary, const WorkerBuffers& worker,
+            uint8_t* blocks, float* score) {
   const int64_t nb = problem.nb;
   const bool full = problem.params->approx_mode == MRA_APPROX_FULL;
   const Ints boundary_class = SplatInt(boundary.pair_class);
@@ -360,9 +365,9 @@ void Choose(const Problem& problem, const Head& head, bool one_class, Boundary b
       const Ints counts_low = live_row & ~(above | tied) & (Ints)(Load(head.real_count + j) > 0.0f);
       const Floats low = counts_low ? logit * Splat(kLog2E) : Splat(-kInfinity);
       Store(row + j, low);
-      largest = Max(low, largest);
+      largest = MaxOrNan(low, largest);  // a row with a NaN must end as NaN, not as a row without weights
     }
-    head.row_max[i] = Largest(largest);
+    head.row_max[i] = LargestOrNan(largest);
   }
   head.row_start[nb] = count;
 }
@@ -391,7 +396,8 @@ void Select(const Problem& problem, int64_t head_index, int64_t worker_index) {
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Attention.
 
-// Low-resolution part of up to 8 block rows from `first`: low_output[r] = sum_j w_rj * (sum of V over block j), total[r] = sum_j w_rj c_j.
+// Low-resolution part of up to 8 block rows from `first`: low_output[r] = sum_j w_rj * (sum of V over block j), total[r] = sum_j
+// w_rj c_j.
 void LowResolution(const Problem& problem, int64_t head_index, const Head& head, int64_t first, int64_t rows,
                    const WorkerBuffers& worker, float* total) {
   const int64_t nb32 = problem.nb32;
@@ -478,7 +484,8 @@ void ExactBlocks(const Problem& problem, int64_t head_index, const Head& head, c
     for (int v = 0; v < kQueryVectors; ++v) largest[v] = softmax->largest[v];
     for (int64_t n = 0; n < blocks; ++n) {
       const int32_t j = columns[start + n];
-      BlockLogits(problem, key_panels + j * block_size, head.real[j], worker.queries, worker.weights + n * kBlock * kBlock, largest);
+      BlockLogits(problem, key_panels + j * block_size, head.real[j], worker.queries, worker.weights + n * kBlock * kBlock,
+                  largest);
     }
     Floats decay[kQueryVectors];
     for (int v = 0; v < kQueryVectors; ++v) {
@@ -510,8 +517,8 @@ void ExactBlocks(const Problem& problem, int64_t head_index, const Head& head, c
           }
         }
         for (int64_t n = 0; n < blocks; ++n) {
-          MultiplyTile<false>(value_rows + columns[start + n] * block_size + d, d8, worker.weights + n * kBlock * kBlock + v * kLanes,
-                              kBlock, kBlock, acc);
+          MultiplyTile<false>(value_rows + columns[start + n] * block_size + d, d8,
+                              worker.weights + n * kBlock * kBlock + v * kLanes, kBlock, kBlock, acc);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r) {

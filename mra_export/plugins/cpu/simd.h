@@ -1,6 +1,7 @@
-// The few vector operations of the CPU kernel, written with GCC / Clang vector extensions; intrinsics only where the extensions have no
-// word for it (fused multiply-add, maximum, half precision, transposition). Included by mra_attention_kernels.cc, which is compiled once
-// per instruction set: everything here has internal linkage, so that no function built for one set can be linked into another.
+// The few vector operations of the CPU kernel, written with GCC / Clang vector extensions; intrinsics only where the extensions
+// have no word for it (fused multiply-add, maximum, half precision, transposition). Included by mra_attention_kernels.cc, which is
+// compiled once per instruction set: everything here has internal linkage, so that no function built for one set can be linked into
+// another.
 #ifndef MRA_SIMD_H_
 #define MRA_SIMD_H_
 
@@ -73,7 +74,9 @@ MRA_INLINE Floats Splat(float x) { return Floats{x, x, x, x}; }
 MRA_INLINE Floats Max(Floats a, Floats b) { return a > b ? a : b; }
 MRA_INLINE bool AnyLane(Ints mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 #if defined(__aarch64__)
-MRA_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+MRA_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) {
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
 MRA_INLINE Floats MultiplyAdd(Floats a, Floats b, Floats c) { return a * b + c; }  // may round twice: not for selection
 #endif
@@ -103,7 +106,7 @@ MRA_INLINE Floats Exp2(Floats x) {
   const Floats shifted = x + shift;
   const Ints whole = (Ints)shifted - (Ints)shift;
   const Floats f = x - (shifted - shift);  // in [-0.5, 0.5]
-  Floats p = Splat(1.53533600e-4f);         // 2^f, minimax
+  Floats p = Splat(1.53533600e-4f);        // 2^f, minimax
   p = MultiplyAdd(p, f, Splat(1.33988747e-3f));
   p = MultiplyAdd(p, f, Splat(9.61843737e-3f));
   p = MultiplyAdd(p, f, Splat(5.55033247e-2f));
@@ -114,9 +117,12 @@ MRA_INLINE Floats Exp2(Floats x) {
   return p * (Floats)power;                // a product, not an addition to the exponent: NaN must stay NaN
 }
 
-MRA_INLINE float Largest(Floats v) {
+// The larger; NaN where either is NaN.
+MRA_INLINE Floats MaxOrNan(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
+
+MRA_INLINE float LargestOrNan(Floats v) {
   float m = v[0];
-  for (int lane = 1; lane < kLanes; ++lane) m = v[lane] > m ? v[lane] : m;
+  for (int lane = 1; lane < kLanes; ++lane) m = v[lane] > m || v[lane] != v[lane] ? v[lane] : m;
   return m;
 }
 
@@ -193,16 +199,12 @@ MRA_INLINE void StoreAs(BFloat* p, Floats v) {
 }
 
 #if defined(__AVX512F__)
-MRA_INLINE Floats LoadAs(const Half* p) {
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+MRA_INLINE Floats LoadAs(const Half* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 MRA_INLINE void StoreAs(Half* p, Floats v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-MRA_INLINE Floats LoadAs(const Half* p) {
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+MRA_INLINE Floats LoadAs(const Half* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 MRA_INLINE void StoreAs(Half* p, Floats v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }

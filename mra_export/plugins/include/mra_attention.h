@@ -67,8 +67,8 @@ typedef struct MraAttentionParams {
   uint32_t reserved;                       /* 0 */
 } MraAttentionParams;
 
-/* The caller's threads. parallel_for(pool, count, task, arg) calls task(arg, i) once for each i in [0, count), on any threads in any
- * order, and returns when all are done. mra_threads.h has two ready-made ones. */
+/* The caller's threads. parallel_for(pool, count, task, arg) calls task(arg, i) once for each i in [0, count), on any threads in
+ * any order, and returns when all are done. mra_threads.h has two ready-made ones. */
 typedef struct MraThreads {
   void* pool;
   int32_t num_threads; /* >= 1: how many may run at once, a hint for how finely to cut the work */
@@ -88,29 +88,30 @@ MRA_API const char* mra_attention_cpu_target(void);
 /* Bytes of workspace that mra_attention_cpu needs for these parameters, for up to num_threads threads. Depends on shapes only. */
 MRA_API MraStatus mra_attention_cpu_workspace_size(const MraAttentionParams* params, int32_t num_threads, size_t* bytes);
 
-/* query, key, value, context: (B, N, H * D) of params->dtype, contiguous. mask: (B, N) int32, 0 = padding, anything else a real token.
- * workspace: 64-byte aligned. threads: NULL runs on the calling thread alone. The result is bitwise the same for any threads. */
+/* query, key, value, context: (B, N, H * D) of params->dtype, contiguous. mask: (B, N) int32, 0 = padding, anything else a real
+ * token. workspace: 64-byte aligned. threads: NULL runs on the calling thread alone. The result is bitwise the same for any
+ * threads. */
 MRA_API MraStatus mra_attention_cpu(const MraAttentionParams* params, const void* query, const void* key, const void* value,
                                     const int32_t* mask, void* context, void* workspace, size_t workspace_bytes,
                                     const MraThreads* threads);
 
-/* What mra_attention_cpu selects, for tests and for comparing runtimes. blocks: (B, H, nb, nb) uint8 with nb = ceil(N / 32): 2 chosen,
- * 1 excluded but not chosen (tied with the last chosen one), 0 neither. score: NULL or (B, H, nb, nb) float32, l_ij - r_i.
+/* What mra_attention_cpu selects, for tests and for comparing runtimes. blocks: (B, H, nb, nb) uint8 with nb = ceil(N / 32): 2
+ * chosen, 1 excluded but not chosen (tied with the last chosen one), 0 neither. score: NULL or (B, H, nb, nb) float32, l_ij - r_i.
  * Workspace, mask and threads as above. */
 MRA_API MraStatus mra_attention_cpu_selection(const MraAttentionParams* params, const void* query, const void* key,
                                               const int32_t* mask, uint8_t* blocks, float* score, void* workspace,
                                               size_t workspace_bytes, const MraThreads* threads);
 
-/* CUDA. A library that was built without it answers MRA_ERROR_NOT_BUILT. Pointers other than params and bytes are device memory; stream is
- * a cudaStream_t, NULL the legacy default stream. The work is queued on it and the call returns at once: nothing is allocated or
- * synchronised, and launches depend on params alone, so the call may be captured into a CUDA graph. Compute capability 8.0 and newer.
- * MRA_ERROR_TOO_LARGE: N above 131072, or more than 2^31 - 1 CTAs. */
+/* CUDA. A library that was built without it answers MRA_ERROR_NOT_BUILT. Pointers other than params and bytes are device memory;
+ * stream is a cudaStream_t, NULL the legacy default stream. The work is queued on it and the call returns at once: nothing is
+ * allocated or synchronised, and launches depend on params alone, so the call may be captured into a CUDA graph. Compute
+ * capability 8.0 and newer. MRA_ERROR_TOO_LARGE: N above 131072, or more than 2^31 - 1 CTAs. */
 
 /* Bytes of workspace that mra_attention_cuda needs for these parameters. Depends on params only; needs no GPU. */
 MRA_API MraStatus mra_attention_cuda_workspace_size(const MraAttentionParams* params, size_t* bytes);
 
-/* As mra_attention_cpu. workspace: 64-byte aligned, its content does not matter; in use until the queued work is done. The same inputs give
- * the same bits at every call. MRA_ERROR_CUDA: a launch was refused. */
+/* As mra_attention_cpu. workspace: 64-byte aligned, its content does not matter; in use until the queued work is done. The same
+ * inputs give the same bits at every call. MRA_ERROR_CUDA: a launch was refused. */
 MRA_API MraStatus mra_attention_cuda(const MraAttentionParams* params, const void* query, const void* key, const void* value,
                                      const int32_t* mask, void* context, void* workspace, size_t workspace_bytes,
                                      void* stream /* cudaStream_t */);
