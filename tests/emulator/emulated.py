@@ -31,9 +31,9 @@ SOURCES = (
 )
 # -ffp-contract=off: selection is bit-exact, every fused multiply-add is written out. unroll is nvcc's pragma.
 FLAGS = (
-    "-std=c++17 -O2 -g -fPIC -shared -ffp-contract=off -fno-math-errno -Wall -Wextra -Wshadow -Werror "
-    "-Wno-unknown-pragmas -DMRA_CUDA_EMULATION"
-).split()
+    *("-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas", "-DMRA_CUDA_EMULATION"),
+)
 ALIGNMENT = 64
 FAULT_EXIT = 97
 """Exit status of a process whose emulated kernel went out of bounds."""
@@ -44,7 +44,8 @@ def build(sources: tuple[Path, ...] = SOURCES, include: tuple[Path, ...] = (PLUG
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise RuntimeError(f"no C++ compiler {compiler!r}: install g++ or set CXX")
-    read = sorted({path for folder in {*include, *(source.parent for source in sources)} for path in folder.glob("*") if path.is_file()})
+    folders = {*include, *(source.parent for source in sources)}
+    read = sorted(path for folder in folders for path in folder.glob("*") if path.is_file())
     digest = hashlib.sha256(" ".join((compiler, *FLAGS)).encode())
     for path in read:
         digest.update(path.name.encode() + path.read_bytes())
@@ -89,7 +90,7 @@ def library() -> Any:
     return loaded
 
 
-class Failed(Exception):
+class StatusError(Exception):
     """A status other than MRA_OK. `status` is its number, the text also holds what the emulation saw."""
 
     def __init__(self, status: int) -> None:
@@ -107,7 +108,7 @@ def workspace_size(params: Params) -> int:
     size = ctypes.c_size_t()
     status = library().mra_attention_cuda_workspace_size(params, size)
     if status:
-        raise Failed(status)
+        raise StatusError(status)
     return size.value
 
 
@@ -119,7 +120,14 @@ def aligned_bytes(size: int, fill: int) -> np.ndarray:
 
 
 def attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray, attributes: Attributes, *, seed: int = 1, fill: int = 0xFF
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    mask: np.ndarray,
+    attributes: Attributes,
+    *,
+    seed: int = 1,
+    fill: int = 0xFF,
 ) -> np.ndarray:
     """The emulated mra_attention_cuda. query, key, value: (B, N, H * D) float32, float16 or ml_dtypes.bfloat16; mask: (B, N) int32.
 
@@ -134,7 +142,7 @@ def attention(
     assert mask.dtype == np.int32
     status = lib.mra_attention_cuda(params, *(array.ctypes.data for array in arrays), workspace.size, None)
     if status:
-        raise Failed(status)
+        raise StatusError(status)
     return context
 
 
@@ -152,7 +160,7 @@ def selection(
     arrays = (query, key, mask, states, score, workspace)
     status = lib.mra_attention_cuda_selection(params, *(array.ctypes.data for array in arrays), workspace.size, None)
     if status:
-        raise Failed(status)
+        raise StatusError(status)
     assert set(np.unique(states)) <= {0, 1, 2}
     return states == 2, states > 0, score
 
