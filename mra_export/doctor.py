@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mra_export import libraries
+from mra_export import kernel, libraries
+from mra_export.errors import PluginLoadError
 from mra_export.report import versions
 
 LIBRARIES = {
@@ -44,11 +45,11 @@ _CPU_FEATURES = (
     "bf16",
     "sve",
 )
-_BUILD = "pip install --force-reinstall --no-deps . (in a clone of the repository)"
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready: versions, libraries (name -> absolute path or null), cpu, gpu, missing (name, needed_for, command, optional)."""
+    """JSON-ready: versions, libraries (name -> absolute path or null), cpu, gpu, missing (name, needed_for, command, optional), and
+    problems, what is there but does not work."""
     found = {name: libraries.find(name) for name in LIBRARIES}
     return {
         "versions": versions(),
@@ -56,7 +57,25 @@ def examine() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpu": _gpus(),
         "missing": _missing(found),
+        "problems": _problems(found),
     }
+
+
+def _problems(found: dict[str, Path | None]) -> list[str]:
+    problems = []
+    try:
+        if found["kernels"] is not None:
+            kernel.library()
+    except PluginLoadError as error:
+        problems.append(str(error))
+    try:
+        if found["ort_ops"] is not None and find_spec("onnxruntime") is not None:
+            from mra_export.backends.onnx_runtime import probe_library
+
+            probe_library(found["ort_ops"], "fp32", "cpu")
+    except PluginLoadError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
@@ -64,8 +83,7 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
     for name, path in found.items():
         if path is None:
             optional = name == "trt_plugin"
-            needs = "with CUDA's nvcc installed, " if optional else ""
-            missing.append({"name": name, "needed_for": LIBRARIES[name], "command": needs + _BUILD, "optional": optional})
+            missing.append({"name": name, "needed_for": LIBRARIES[name], "command": libraries.GET[name], "optional": optional})
     for name, purpose in _PACKAGES.items():
         if find_spec(name) is None:
             missing.append({"name": name, "needed_for": purpose, "command": f"pip install {name}", "optional": False})

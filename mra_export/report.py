@@ -17,7 +17,7 @@ from mra_export.bundle import Bundle
 from mra_export.parity import FAIL, PASS, SKIP, Row, passed
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 _CHECKS = ("golden", "outputs", "selection", "operator", "canary", "padding")
 
@@ -64,13 +64,14 @@ class Report:
                     lines.append(_summarise(backend, check, rows))
         return lines
 
-    def table(self) -> Table:
+    def table(self) -> Group:
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         manifest = self.bundle.manifest
         title = f"{manifest.model.architecture}, {manifest.task}, {manifest.dtype}: distance from PyTorch in float32"
-        table = Table(title=title, title_justify="left", highlight=False)
+        table = Table(highlight=False)
         for name in (
             "runtime",
             "check",
@@ -95,7 +96,7 @@ class Report:
             result = line["status"] + (f": {line['reason']}" if line["reason"] else "")
             table.add_row(*shown, Text(result, style=colours[line["status"]]))
             previous = line["backend"]
-        return table
+        return Group(Text(title, style="bold"), table)
 
     def json(self) -> str:
         return json.dumps(self.as_dict(), indent=1) + "\n"

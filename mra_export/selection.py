@@ -91,8 +91,8 @@ def overlap(scores: Scores, num_blocks: int, other: Choice) -> Overlap:
 
 
 def _select(scores: Scores, num_blocks: int) -> tuple[Choice, npt.NDArray[np.int64], Float32, Float32]:
-    """The choice; then, each (B, H, 1, 1): level and score of the last pair chosen, and score of the best one on that level that was
-    not chosen, -inf without one."""
+    """The choice; then, each (B, H, 1, 1): level and score of the last pair chosen, and score of the best one on that level not
+    chosen, -inf without one."""
     shape = scores.score.shape
     level, score = scores.level.reshape(*shape[:2], -1), scores.score.reshape(*shape[:2], -1)
     kept = min(num_blocks, level.shape[-1])

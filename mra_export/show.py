@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 Shown = list[Any]
 
@@ -33,26 +35,26 @@ def _fill_mask(answers: Any) -> Shown:
     for answer in answers:
         for number, candidates in enumerate(answer["masks"]):
             which = f", mask {number + 1}" if len(answer["masks"]) > 1 else ""
-            table = _table(answer["text"] + which, "token", "probability")
+            table = _table("token", "probability")
             for candidate in candidates:
                 table.add_row(repr(candidate["token"]), f"{candidate['score']:.1%}")
-            tables.append(table)
+            tables.append(_titled(answer["text"] + which, table))
     return tables
 
 
-def _scores(title: str, scores: list[dict[str, Any]]) -> Table:
+def _scores(title: str, scores: list[dict[str, Any]]) -> Group:
     single = len(scores) == 1
-    table = _table(title, "label", "value" if single else "probability")
+    table = _table("label", "value" if single else "probability")
     for entry in scores:
         table.add_row(entry["label"], f"{entry['score']:.4f}" if single else f"{entry['score']:.1%}")
-    return table
+    return _titled(title, table)
 
 
-def _tokens(answer: dict[str, Any]) -> Table:
-    table = _table(answer["text"], "token", "label", "probability")
+def _tokens(answer: dict[str, Any]) -> Group:
+    table = _table("token", "label", "probability")
     for token in answer["tokens"]:
         table.add_row(repr(token["token"]), token["label"], f"{token['score']:.1%}")
-    return table
+    return _titled(answer["text"], table)
 
 
 def _features(answers: Any) -> Shown:
@@ -65,8 +67,7 @@ def _features(answers: Any) -> Shown:
 
 def _inspect(facts: dict[str, Any]) -> Shown:
     model, graph = facts["model"], facts["graph"]
-    overview = _table(facts["path"], "", "")
-    overview.show_header = False
+    overview = _facts()
     dimensions = f"{model['num_hidden_layers']} layers, {model['hidden_size']} wide, {model['num_attention_heads']} heads"
     rows = {
         "model": f"{model['architecture']}, {dimensions}, {model['vocab_size']} tokens, length {model['max_position_embeddings']}",
@@ -83,18 +84,18 @@ def _inspect(facts: dict[str, Any]) -> Shown:
     }
     for name, value in rows.items():
         overview.add_row(name, str(value))
-    ops = _table("operators", "op", "nodes")
+    ops = _table("op", "nodes")
     for name, count in graph["ops"].items():
         ops.add_row(name, str(count))
-    files = _table("files", "name", "bytes", "sha256")
+    files = _table("name", "bytes", "sha256")
     for name, entry in facts["files"].items():
         files.add_row(name, str(entry["size"]), entry["sha256"][:16])
-    tables: Shown = [overview, ops, files]
+    tables: Shown = [_titled(facts["path"], overview), _titled("operators", ops), _titled("files", files)]
     if facts["engines"]:
-        engines = _table("engines", *facts["engines"][0])
+        engines = _table(*facts["engines"][0])
         for engine in facts["engines"]:
             engines.add_row(*(str(value) for value in engine.values()))
-        tables.append(engines)
+        tables.append(_titled("engines", engines))
     return tables
 
 
@@ -109,8 +110,7 @@ def _tensor(tensor: dict[str, Any]) -> str:
 
 
 def _doctor(facts: dict[str, Any]) -> Shown:
-    here = _table("this installation", "", "")
-    here.show_header = False
+    here = _facts()
     for name, version in facts["versions"].items():
         here.add_row(name, version)
     cpu = facts["cpu"]
@@ -121,19 +121,32 @@ def _doctor(facts: dict[str, Any]) -> Shown:
         here.add_row("GPU", "none found")
     for name, path in facts["libraries"].items():
         here.add_row(f"library {name}", path or "not built")
-    things: Shown = [here]
+    things: Shown = [_titled("this installation", here)]
     if facts["missing"]:
-        missing = _table("missing", "what", "needed for", "how to get it")
+        missing = _table("what", "needed for", "how to get it")
         for entry in facts["missing"]:
             missing.add_row(entry["name"] + (" (optional)" if entry["optional"] else ""), entry["needed_for"], entry["command"])
-        things.append(missing)
+        things.append(_titled("missing", missing))
     else:
         things.append("Nothing is missing.")
+    things += [f"problem: {problem}" for problem in facts["problems"]]
     return things
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", highlight=False)
+def _table(*columns: str) -> Table:
+    table = Table(highlight=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _facts() -> Table:
+    """Name and value, without a header."""
+    table = _table("", "")
+    table.show_header = False
+    return table
+
+
+def _titled(title: str, table: Table) -> Group:
+    """A title of any length: a table's own is wrapped to the table's width."""
+    return Group(Text(title, style="bold"), table)

@@ -22,6 +22,8 @@ BF16_REFUSED = (
     "or export again with --dtype fp32"
 )
 _ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
+"""ONNX Runtime's log levels. Its warnings are about its own optimiser: float16 constants that it cannot fold on a CPU."""
 _PROBE = Attributes(num_heads=1, num_blocks=1, scale=1.0)
 
 
@@ -42,7 +44,7 @@ class OnnxRuntimeBackend:
         self.device = device
         check_device(dtype, device)
         if library is not None:
-            _probe_library(library, dtype, device)
+            probe_library(library, dtype, device)
         options = session_options(library, intra_op_threads)
         source = model if isinstance(model, bytes) else str(model)
         try:
@@ -78,6 +80,7 @@ def check_device(dtype: str, device: str) -> None:
 def session_options(library: Path | None, intra_op_threads: int | None = None) -> ort.SessionOptions:
     """Options with the op library registered. Raises PluginLoadError with ONNX Runtime's own words where it does not load."""
     options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
     if intra_op_threads is not None:
         options.intra_op_num_threads = intra_op_threads
     if library is not None:
@@ -91,7 +94,7 @@ def session_options(library: Path | None, intra_op_threads: int | None = None) -
     return options
 
 
-def _probe_library(library: Path, dtype: str, device: str) -> None:
+def probe_library(library: Path, dtype: str, device: str) -> None:
     """Make sure the library really brings the operator for this dtype and device.
 
     A library that loads but registers nothing would leave the function body to run: right, but slow, and nobody told. This graph
@@ -108,7 +111,7 @@ def _probe_library(library: Path, dtype: str, device: str) -> None:
     graph = onnx.helper.make_graph([node], "probe", [*tensors, mask], [context])
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
     options = session_options(library)
-    options.log_severity_level = 4
+    options.log_severity_level = _FATAL_ONLY  # what goes wrong here is raised below, with the fix
     if device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
