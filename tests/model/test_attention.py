@@ -104,10 +104,10 @@ def test_gradients_with_the_selection_fixed(mode: str) -> None:
     case = make_case(attributes, batch=2, length=37, head_size=8, masking="holes")
     query, key, value, mask = tensors(case, torch.float64)
     leaves = [x.nan_to_num(0.0).requires_grad_() for x in (query, key, value)]
-    _, selection = mra_attention(*leaves, mask, attributes, return_selection=True)  # type: ignore[misc, arg-type]
+    _, selection = mra_attention(*leaves, mask, attributes, return_selection=True)
 
     def fixed(*inputs: torch.Tensor) -> torch.Tensor:
-        return mra_attention(*inputs, mask, attributes, selection=selection)  # type: ignore[call-overload, no-any-return, misc]
+        return mra_attention(*inputs, mask, attributes, selection=selection)
 
     assert torch.autograd.gradcheck(fixed, leaves, fast_mode=True)
 
@@ -130,10 +130,10 @@ def test_the_written_out_gradient_is_that_of_autograd_and_zero_where_masked(case
 def test_what_masked_tokens_hold_changes_no_bit(dtype: torch.dtype) -> None:
     case = make_case(Attributes(2, 4, 0.25), batch=3, length=90, head_size=16, masking="right padding")
     query, key, value, mask = tensors(case, dtype)
-    expected = mra_attention(*(x.nan_to_num(0.0) for x in (query, key, value)), mask, case.attributes)  # type: ignore[misc, call-overload]
+    expected = mra_attention(*(x.nan_to_num(0.0) for x in (query, key, value)), mask, case.attributes)
     assert torch.equal(mra_attention(query, key, value, mask, case.attributes), expected)
     infinite = [x.masked_fill(mask[..., None] == 0, math.inf) for x in (query, key, value)]
-    assert torch.equal(mra_attention(*infinite, mask, case.attributes), expected)  # type: ignore[misc, call-overload]
+    assert torch.equal(mra_attention(*infinite, mask, case.attributes), expected)
     assert (expected[mask == 0] == 0).all()
 
 
@@ -142,9 +142,9 @@ def test_what_masked_tokens_hold_changes_no_bit(dtype: torch.dtype) -> None:
 def test_a_bad_value_at_a_real_token_stays_in_its_row_and_head(which: int, bad: float) -> None:
     attributes = Attributes(2, 3, 0.25, initial_prior_first_n_blocks=1)
     inputs = list(tensors(make_case(attributes, batch=2, length=70, head_size=8), torch.float32))
-    expected = mra_attention(*inputs, attributes)  # type: ignore[misc, call-overload]
+    expected = mra_attention(*inputs, attributes)
     inputs[which][1, 40, 3] = bad  # batch row 1, head 0
-    context, selection = mra_attention(*inputs, attributes, return_selection=True)  # type: ignore[misc, call-overload]
+    context, selection = mra_attention(*inputs, attributes, return_selection=True)
     assert torch.equal(context[0], expected[0])
     assert torch.equal(context[1, :, 8:], expected[1, :, 8:])
     assert not torch.equal(context[1, :, :8], expected[1, :, :8])

@@ -30,7 +30,7 @@ def arguments(attributes: Attributes = ATTRIBUTES) -> tuple[Any, ...]:
 
 class Layer(torch.nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return attention(query * 2, key, value, mask, *arguments()) + 1  # type: ignore[no-any-return]
+        return attention(query * 2, key, value, mask, *arguments()) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_float64_is_the_reference_and_its_gradient(mode: str) -> None:
     for leaf in leaves:
         leaf.requires_grad_()
     ours = attention(*leaves, mask, *arguments(attributes))
-    reference = mra_attention(*leaves, mask, attributes)  # type: ignore[call-overload, misc]
+    reference = mra_attention(*leaves, mask, attributes)
     assert torch.equal(ours, reference)
     grad = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(reference, leaves, grad), strict=True):
@@ -85,10 +85,10 @@ def test_autocast_does_not_reach_inside() -> None:
     plain = attention(*leaves, mask, *arguments())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = attention(*leaves, mask, *arguments())
-        reference = mra_attention(*leaves, mask, ATTRIBUTES)  # type: ignore[call-overload, misc]
+        reference = mra_attention(*leaves, mask, ATTRIBUTES)
         gradients = torch.autograd.grad(cast.float().sum(), leaves)
     assert torch.equal(cast, plain)
-    assert torch.equal(reference, mra_attention(*leaves, mask, ATTRIBUTES))  # type: ignore[call-overload, misc]
+    assert torch.equal(reference, mra_attention(*leaves, mask, ATTRIBUTES))
     for a, b in zip(gradients, torch.autograd.grad(plain.float().sum(), leaves), strict=True):
         assert torch.equal(a, b)
 
@@ -109,7 +109,7 @@ def test_the_compiled_library_agrees_with_the_reference(case: OpCase) -> None:
         pytest.skip("the compiled kernels are not built")
     tensors = [torch.from_numpy(x) for x in case.arrays]
     compiled = attention(*tensors, *arguments(case.attributes))
-    reference = mra_attention(*tensors, case.attributes)  # type: ignore[call-overload, misc]
+    reference = mra_attention(*tensors, case.attributes)
     decided = torch.from_numpy(dense_attention(*case.arrays, case.attributes).margin > 1e-3)  # (B, H)
     heads = (case.query.shape[0], case.query.shape[1], case.attributes.num_heads, -1)
     keep = decided[:, None, :, None].expand(*heads[:3], 1)

@@ -5,6 +5,7 @@ Its four CUDA primitives are supplied here in plain torch. Blocks of a sparse pr
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -248,3 +249,20 @@ def test_defect_weights_far_below_the_maximum_vanish(theirs: ModuleType, dtype: 
     context = mra_attention(query[0], key[0], value[0], mask, attributes)
     torch.testing.assert_close(context[0, 0], value[0, 0, :40].mean(0), atol=1e-5, rtol=1e-5)
     assert theirs.mra2_attention(query, key, value, mask.double(), 4, "full")[0, 0, 0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_the_trained_checkpoint_on_real_text(theirs: ModuleType, dtype: torch.dtype) -> None:
+    """Trained attention is far from even, which random weights never are."""
+    folder = Path(__file__).parents[2] / "examples" / "mra-tiny-python"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{folder} is not there: examples/train_tiny.py makes it")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(Path(__file__).read_text(), return_tensors="pt", truncation=True, max_length=512)
+    ids, mask = batch["input_ids"], padding_mask(512, 470)
+    assert ids.shape == (1, 512)
+    copy = ours.load(folder, dtype=torch.float64)
+    copy.set_reference_attention(True)
+    model = theirs.MraForMaskedLM.from_pretrained(folder).double().eval()
+    with torch.no_grad():
+        assert_same(copy(ids, attention_mask=mask), model(ids, attention_mask=mask))
