@@ -47,8 +47,8 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(operator=2e-5, model=2e-4, model_free=2e-3, near_tie=1e-3),
-    "fp16": Tolerance(operator=2e-3, model=3e-2, model_free=1e-1, near_tie=5e-2),
-    "bf16": Tolerance(operator=1.6e-2, model=2e-1, model_free=5e-1, near_tie=4e-1),
+    "fp16": Tolerance(operator=1e-3, model=3e-2, model_free=1e-1, near_tie=5e-2),
+    "bf16": Tolerance(operator=8e-3, model=2e-1, model_free=5e-1, near_tie=4e-1),
 }
 
 

@@ -21,10 +21,11 @@ Bool = npt.NDArray[np.bool_]
 @dataclass(frozen=True)
 class Scores:
     """level: (B, H, nb, nb) int, prior count - 2 * dead, compared first. score: (B, H, nb, nb) float32, l_ij - r_i, in logit
-    units, compared second."""
+    units, compared second. dead: (B, H, nb, nb) bool, pairs that weigh nothing, chosen or not."""
 
     level: npt.NDArray[np.int64]
     score: Float32
+    dead: Bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Choice:
 class Overlap:
     """A runtime's choice in one layer beside the one that the reference's scores give.
 
-    share: chosen by both / chosen by the reference. differing: number of block pairs that only one of them chose or excluded.
+    share: chosen by both / chosen by the reference. differing: number of live block pairs that only one of them chose or excluded.
     margins: how far, in logit units, each differing pair was from falling the other way; inf where it was not even on the level of
     the last choice.
     """
@@ -71,7 +72,7 @@ def block_scores(query: npt.ArrayLike, key: npt.ArrayLike, mask: npt.ArrayLike, 
     row_max = ranked.max(axis=-1, keepdims=True)
     score = logit - np.where(np.isfinite(row_max), row_max, 0)
     level = np.broadcast_to(_prior_count(blocks, attributes) - 2 * dead.astype(np.int64), score.shape)
-    return Scores(level, score.astype(np.float32))
+    return Scores(level, score.astype(np.float32), np.broadcast_to(dead, score.shape))
 
 
 def select(scores: Scores, num_blocks: int) -> Choice:
@@ -82,12 +83,12 @@ def select(scores: Scores, num_blocks: int) -> Choice:
 def overlap(scores: Scores, num_blocks: int, other: Choice) -> Overlap:
     """Compare a runtime's choice with the one the reference's scores give."""
     own, last_level, last, following = _select(scores, num_blocks)
-    differs = (own.chosen != other.chosen) | (own.excluded != other.excluded)
+    differs = ((own.chosen != other.chosen) | (own.excluded != other.excluded)) & ~scores.dead
     # A chosen pair would have had to fall to the best one not chosen, another to rise to the last one chosen.
     distance = np.where(own.chosen, scores.score - following, last - scores.score)
     margins = np.where(scores.level == last_level, distance, np.inf)[differs].astype(np.float32)
-    both = int((own.chosen & other.chosen).sum())
-    return Overlap(both / int(own.chosen.sum()), int(differs.sum()), margins)
+    both, wanted = int((own.chosen & other.chosen & ~scores.dead).sum()), int((own.chosen & ~scores.dead).sum())
+    return Overlap(both / wanted if wanted else 1.0, int(differs.sum()), margins)
 
 
 def _select(scores: Scores, num_blocks: int) -> tuple[Choice, npt.NDArray[np.int64], Float32, Float32]:

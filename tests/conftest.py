@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,3 +37,17 @@ def tiny_config() -> Callable[..., Any]:
         return MraConfig(**{**small, **values})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the small bundle of a kind (exported.KINDS), to read only."""
+    pytest.importorskip("torch")
+    from exported import bundle
+
+    from mra_export import libraries
+
+    if libraries.find("ort_ops") is None:
+        pytest.skip("libmra_ort.so is not built: make demo builds it")
+    own = tmp_path_factory.getbasetemp()
+    return lambda kind: bundle(kind, own.parent if "PYTEST_XDIST_WORKER" in os.environ else own, own)
