@@ -26,6 +26,7 @@ unsigned char* shared_memory = nullptr;
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr size_t kSharedLimit = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 allow a CTA
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 1 << 20;
@@ -149,8 +150,10 @@ struct Machine {
   unsigned char* stacks = nullptr;
   Fiber fibers[kMaxThreads];
   int threads = 0;
-  std::vector<int> ready;
-  size_t ready_head = 0;  // in order (seed 0) the queue is consumed from here
+  uint32_t ready[kMaxWarps];  // bit n of a warp: its lane n can run
+  int warps = 0;
+  int warp_order[kMaxWarps];  // which warp runs first, in this CTA
+  bool strict_order = true;   // a warp runs as long as it can before the next one does; else any warp may
   int at_barrier = 0;
   Context main;
   void (*entry)(const void*) = nullptr;
@@ -170,33 +173,38 @@ uint64_t NextRandom() {  // xorshift64
 
 Fiber* Self() { return static_cast<Fiber*>(current); }
 
+// The fiber to run next, no longer marked ready; null if all wait or are done.
+Fiber* TakeReady() {
+  const int start = machine.strict_order ? 0 : static_cast<int>(NextRandom() % static_cast<unsigned>(machine.warps));
+  for (int n = 0; n < machine.warps; ++n) {
+    const int warp = machine.warp_order[(start + n) % machine.warps];
+    const uint32_t ready = machine.ready[warp];
+    if (ready == 0) continue;
+    const int turn = machine.seed != 0 ? static_cast<int>(NextRandom() % 32) : 0;
+    const uint32_t from_turn = ready >> turn << turn;
+    const int lane = __builtin_ctz(from_turn != 0 ? from_turn : ready);
+    machine.ready[warp] &= ~(1u << lane);
+    return &machine.fibers[32 * warp + lane];
+  }
+  return nullptr;
+}
+
 // Runs the next ready fiber, or the launcher if there is none.
 void Leave() {
   Fiber* self = Self();
-  std::vector<int>& ready = machine.ready;
-  if (machine.ready_head == ready.size()) {
-    ready.clear();
-    machine.ready_head = 0;
+  Fiber* next = TakeReady();
+  if (next == self) return;
+  if (next == nullptr) {
     SwitchContext(&self->context, &machine.main);
     return;
   }
-  if (machine.seed != 0) {
-    const size_t pick = machine.ready_head + NextRandom() % (ready.size() - machine.ready_head);
-    std::swap(ready[machine.ready_head], ready[pick]);
-  }
-  Fiber* next = &machine.fibers[ready[machine.ready_head++]];
-  if (machine.ready_head == ready.size()) {
-    ready.clear();
-    machine.ready_head = 0;
-  }
-  if (next == self) return;
   current = next;
   SwitchContext(&self->context, &next->context);
 }
 
 void Wake(Fiber* fiber) {
   fiber->state = State::kReady;
-  machine.ready.push_back(static_cast<int>(fiber->index.x));
+  machine.ready[fiber->index.x / 32] |= 1u << (fiber->index.x % 32);
 }
 
 void FiberMain() {
@@ -271,8 +279,13 @@ bool RunBlock(int64_t block, int threads, size_t shared_bytes) {
 
   machine.threads = threads;
   machine.at_barrier = 0;
-  machine.ready.clear();
-  machine.ready_head = 0;
+  // Half of the CTAs run one warp as far ahead of the others as barriers let it, which shows barriers that are missing.
+  machine.warps = threads / 32;
+  machine.strict_order = machine.seed == 0 || NextRandom() % 2 == 0;
+  for (int n = 0; n < machine.warps; ++n) machine.warp_order[n] = n;
+  for (int n = machine.warps - 1; n > 0 && machine.seed != 0; --n) {
+    std::swap(machine.warp_order[n], machine.warp_order[NextRandom() % static_cast<unsigned>(n + 1)]);
+  }
   for (int t = 0; t < threads; ++t) {
     Fiber& f = machine.fibers[t];
     f.index = {static_cast<unsigned>(t), 0, 0};
@@ -280,11 +293,9 @@ bool RunBlock(int64_t block, int threads, size_t shared_bytes) {
     PrepareContext(&f.context, machine.stacks + t * 2 * kStackBytes + kStackBytes, FiberMain);
     Wake(&f);
   }
-  const size_t first = machine.seed != 0 ? NextRandom() % static_cast<size_t>(threads) : 0;
-  std::swap(machine.ready[0], machine.ready[first]);
-  Fiber* next = &machine.fibers[machine.ready[machine.ready_head++]];
-  current = next;
-  SwitchContext(&machine.main, &next->context);
+  Fiber* first = TakeReady();
+  current = first;
+  SwitchContext(&machine.main, &first->context);
   current = nullptr;
 
   for (int t = 0; t < threads; ++t) {

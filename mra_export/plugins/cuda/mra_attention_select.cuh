@@ -214,7 +214,6 @@ __device__ __forceinline__ void SelectHead(const Problem& p, int64_t head, const
   // Its key, eight bits at a time.
   uint32_t threshold = 0, known = 0;  // known: mask of the bits already found
   for (int shift = 24; shift >= 0; shift -= 8) {
-    __syncthreads();  // found and histogram have been read
     for (int n = threadIdx.x; n < kDigits; n += kSelectThreads) s.histogram[n] = 0;
     __syncthreads();
     ForEachPair(p, [&](int i, int j, bool inside) {
