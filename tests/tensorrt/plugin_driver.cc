@@ -17,46 +17,34 @@ namespace {
 std::string messages;
 int32_t library_version = 0;
 
-// ILogger and ILoggerFinder as TensorRT 10 has them.
-class Logger final : public ILogger {
- public:
-  void log(Severity severity, const char* message) noexcept override {
-    messages += std::to_string(static_cast<int>(severity)) + " " + message + "\n";
-  }
+// ILogger and ILoggerFinder as TensorRT 10 lays them out (Base empty) and as TensorRT 11 does (their methods after those of
+// IVersionedInterface), whatever the headers at hand say.
+struct Unversioned {};
+struct Versioned : IVersionedInterface {
+  InterfaceInfo getInterfaceInfo() const noexcept override { return {"test", 1, 0}; }
 };
 
-class Finder final : public ILoggerFinder {
- public:
-  ILogger* findLogger() override { return &logger_; }
-
- private:
-  Logger logger_;
-};
-
-// The same as TensorRT 11 has them: methods come after those of IVersionedInterface.
-class VersionedLogger final : public IVersionedInterface {
- public:
-  InterfaceInfo getInterfaceInfo() const noexcept override { return {"ILogger", 1, 0}; }
+template <typename Base>
+struct TestLogger final : Base {
   virtual void log(ILogger::Severity severity, const char* message) noexcept {
     messages += std::to_string(static_cast<int>(severity)) + " " + message + "\n";
   }
 };
 
-class VersionedFinder final : public IVersionedInterface {
- public:
-  InterfaceInfo getInterfaceInfo() const noexcept override { return {"ILoggerFinder", 1, 0}; }
-  virtual VersionedLogger* findLogger() {
-    if (throws_) throw std::string("no logger");
-    return logger_ ? &the_logger_ : nullptr;
-  }
-  bool logger_ = true, throws_ = false;
+enum Finds { kNothing, kLogger, kThrows };
+Finds finds = kLogger;
 
- private:
-  VersionedLogger the_logger_;
+template <typename Base>
+struct TestFinder final : Base {
+  virtual TestLogger<Base>* findLogger() {
+    if (finds == kThrows) throw std::string("no logger");
+    return finds == kLogger ? &logger : nullptr;
+  }
+  TestLogger<Base> logger;
 };
 
-Finder finder;
-VersionedFinder versioned_finder;
+TestFinder<Unversioned> finder;
+TestFinder<Versioned> versioned_finder;
 
 // An extent of a shape expression: a constant, or symbolic if below 0.
 class Extent final : public IDimensionExpr {
@@ -143,13 +131,12 @@ int32_t getInferLibVersion() noexcept { return library_version; }
 cudaError_t cudaGetLastError() { return cudaErrorLaunchFailure; }
 const char* cudaGetErrorString(cudaError_t) { return "the text of the CUDA error"; }
 
-// version 0: no finder. finds: 0 nullptr, 1 a logger, 2 throws (the last two for versioned interfaces only).
-void driver_set_logger(int32_t version, int32_t versioned, int32_t finds) {
+// version 0: no finder.
+void driver_set_logger(int32_t version, int32_t versioned, int32_t what_it_finds) {
   library_version = version;
-  versioned_finder.logger_ = finds == 1;
-  versioned_finder.throws_ = finds == 2;
-  ILoggerFinder* chosen = versioned ? reinterpret_cast<ILoggerFinder*>(&versioned_finder) : &finder;
-  setLoggerFinder(version == 0 ? nullptr : chosen);
+  finds = static_cast<Finds>(what_it_finds);
+  void* chosen = versioned ? static_cast<void*>(&versioned_finder) : &finder;
+  setLoggerFinder(version == 0 ? nullptr : static_cast<ILoggerFinder*>(chosen));
 }
 
 // Copies out and forgets what was logged, a line "severity text" each.

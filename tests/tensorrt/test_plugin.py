@@ -362,11 +362,11 @@ def test_messages_reach_the_log_of_every_tensorrt(driver: Driver, version: int, 
     assert "num_heads is missing" in driver.messages()[0]
 
 
-@pytest.mark.parametrize(("version", "finds"), [(0, 1), (110000, 0), (110000, 2)])
+@pytest.mark.parametrize(("version", "finds"), [(0, 1), (101401, 0), (110000, 0), (110000, 2)])
 def test_without_a_logger_messages_go_to_stderr(
     driver: Driver, version: int, finds: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    driver.log_with(version, True, finds)
+    driver.log_with(version, version >= 110000, finds)
     assert driver.create_raw([]) is None
     assert "MraAttention plugin: field num_heads is missing" in capfd.readouterr().err
 
@@ -457,6 +457,10 @@ def test_what_a_profile_hides_is_refused(driver: Driver, create: Callable[..., i
     assert driver.output_axes(plugin, inputs)[0] == 0
     assert driver.call("configure", plugin, inputs, inputs[:1]) != 0
     assert "mask has shape (8, 500), query (8, 512, 64)" in driver.messages()[0]
+    inputs = profile()
+    inputs[3] = tensor("int32", (-1, -1), (1, 2), (8, 512))
+    assert driver.call("configure", plugin, inputs, inputs[:1]) != 0
+    assert "mask has shape (1, 2), query (1, 1, 64)" in driver.messages()[0]
     inputs = profile(longest=200_000)
     assert driver.call("configure", plugin, inputs, inputs[:1]) != 0
     assert "query has shape (8, 200000, 64)" in driver.messages()[0]
@@ -517,7 +521,8 @@ def run_case(driver: Driver, plugin: int, case: OpCase, type_: str) -> tuple[np.
     return context.astype(np.float64), expected.context
 
 
-TOLERANCES = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # rounding of a context of size 3 or so, twice
+TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+"""Of the largest value. The kernel's accuracy has tests of its own; a wrong operand, attribute or type is off by far more than this."""
 
 
 @pytest.mark.parametrize("type_", NUMPY)
