@@ -522,7 +522,7 @@ def run_case(driver: Driver, plugin: int, case: OpCase, type_: str) -> tuple[np.
 
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
-"""Of the largest value. The kernel's accuracy has tests of its own; a wrong operand, attribute or type is off by far more than this."""
+"""Of the largest value. The kernel's accuracy has tests of its own; a wrong operand, attribute or type is off by far more."""
 
 
 @pytest.mark.parametrize("type_", NUMPY)
