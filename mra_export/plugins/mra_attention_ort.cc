@@ -125,8 +125,8 @@ class AttributeReader {
     if (Succeeds(api_, api_.KernelInfoGetAttribute_int64(info_, name, &i))) return "int";
     if (Succeeds(api_, api_.KernelInfoGetAttribute_float(info_, name, &f))) return "float";
     if (Succeeds(api_, api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size))) return "string";
-    if (Succeeds(api_, api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &(size = 0)))) return "ints";
-    if (Succeeds(api_, api_.KernelInfoGetAttributeArray_float(info_, name, nullptr, &(size = 0)))) return "floats";
+    size = 0;  // asking for the size of a list of either type succeeds for both
+    if (Succeeds(api_, api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size))) return "list";
     return nullptr;
   }
 

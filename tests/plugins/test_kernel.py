@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import targets
 from kernel_cases import DTYPES, assert_close, case, cast, hostile_cases, selection_by_contract
 from oracles import OpCase, dense_attention, op_cases
 
@@ -514,14 +515,7 @@ def _run_raw(made: OpCase, dtype: str, threads: kernel.Threads | None, poison: i
 # Instruction sets.
 
 
-def _targets() -> list[str]:
-    if os.uname().machine in ("aarch64", "arm64"):
-        return ["neon"]
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return ["baseline", *(["avx2"] if "avx2" in flags and "fma" in flags else []), *(["avx512"] if "avx512vl" in flags else [])]
-
-
-@pytest.mark.parametrize("target", _targets())
+@pytest.mark.parametrize("target", targets())
 def test_every_instruction_set(target: str, tmp_path: Path) -> None:
     """Selection and scores bit for bit the same on all; context within tolerance of the formula."""
     out = tmp_path / "out.npz"

@@ -574,7 +574,10 @@ void AttendRow(const Problem& problem, int64_t head_index, const Head& head, int
     const Floats inverse = 1.0f / (total + kEpsilon);
     float* out = worker.output + v * kLanes;
     for (int64_t d = 0; d < d8; ++d) {
-      Store(out + d * kBlock, MultiplyAdd(low_weight, Splat(low_output[d]), Load(out + d * kBlock)) * inverse);
+      const Floats result = MultiplyAdd(low_weight, Splat(low_output[d]), Load(out + d * kBlock)) * inverse;
+      // One NaN for all: the sign of one depends on operand order, which the compiler may choose differently for each row of a
+      // tile.
+      Store(out + d * kBlock, result == result ? result : Splat(__builtin_nanf("")));
     }
   }
   for (int t = 0; t < kBlock; t += 8) {
