@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Integers = npt.NDArray[np.int64]
+_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 _AXES = {2: "(batch, length)", 3: "(batch, choices, length)"}
 
 
@@ -38,23 +39,14 @@ class InputSpec:
         A mask that is left out is all ones, token_type_ids all zeros; any mask value other than 0 counts as 1.
         Raises ContractError naming the input, its value and the fix.
         """
-        known = ("input_ids", "attention_mask", "token_type_ids")
-        for name in arrays:
-            if name not in known:
-                raise ContractError(f"{name} is not an input of this model: pass {', '.join(known)}")
+        _check_names(arrays)
         given = {name: _integers(name, value) for name, value in arrays.items() if value is not None}
-        if "input_ids" not in given:
-            raise ContractError("input_ids is missing: pass token ids of shape " + _AXES[self.rank])
-        ids = given["input_ids"]
-        self._check_ids(ids)
-        for name, value in given.items():
-            if value.shape != ids.shape:
-                what = "a mask" if name == "attention_mask" else name
-                raise ContractError(f"{name} has shape {value.shape}, input_ids {ids.shape}: pass {what} of the same shape")
-        mask = given.get("attention_mask")
-        types = given.get("token_type_ids")
+        self._check_shapes(given)
+        ids, mask, types = (given.get(name) for name in _NAMES)
+        assert ids is not None
+        _check_range("input_ids", int(ids.min()), int(ids.max()), self.vocab_size, "vocab_size")
         if types is not None:
-            _check_range("token_type_ids", types, self.type_vocab_size, "type_vocab_size")
+            _check_range("token_type_ids", int(types.min()), int(types.max()), self.type_vocab_size, "type_vocab_size")
         prepared = {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids) if mask is None else (mask != 0).astype(np.int64),
@@ -62,17 +54,53 @@ class InputSpec:
         }
         return {name: np.ascontiguousarray(prepared[name]) for name in self.names}
 
-    def _check_ids(self, ids: Integers) -> None:
-        if ids.ndim != self.rank:
-            raise ContractError(f"input_ids has shape {ids.shape}: pass {self.rank} axes, {_AXES[self.rank]}")
-        if 0 in ids.shape:
-            raise ContractError(f"input_ids has shape {ids.shape}: every axis must be 1 or more")
-        if ids.shape[-1] > self.max_length:
+    def prepare_tensors(self, tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """As `prepare`, for torch tensors that stay on their device: contiguous int64 tensors there.
+
+        The values are checked where they are, which waits for them once. Raises ContractError, also for inputs on several devices.
+        """
+        import torch
+
+        _check_names(tensors)
+        given = {name: value for name, value in tensors.items() if value is not None}
+        for name, value in given.items():
+            _check_tensor(name, value)
+        self._check_shapes(given)
+        ids = given["input_ids"]
+        for name, value in given.items():
+            if value.device != ids.device:
+                raise ContractError(f"{name} is on {value.device}, input_ids on {ids.device}: pass all inputs on one device")
+        given = {name: value.to(torch.int64) for name, value in given.items() if name != "attention_mask"}
+        limits = {"input_ids": (self.vocab_size, "vocab_size"), "token_type_ids": (self.type_vocab_size, "type_vocab_size")}
+        for name, value in given.items():
+            low, high = torch.stack(torch.aminmax(value)).tolist()
+            _check_range(name, low, high, *limits[name])
+        ids, mask = given["input_ids"], tensors.get("attention_mask")
+        prepared = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if mask is None else (mask != 0).to(torch.int64),
+            "token_type_ids": given.get("token_type_ids", torch.zeros_like(ids)),
+        }
+        return {name: prepared[name].contiguous() for name in self.names}
+
+    def _check_shapes(self, given: Mapping[str, Any]) -> None:
+        """given: arrays or tensors."""
+        if "input_ids" not in given:
+            raise ContractError("input_ids is missing: pass token ids of shape " + _AXES[self.rank])
+        shape = tuple(given["input_ids"].shape)
+        if len(shape) != self.rank:
+            raise ContractError(f"input_ids has shape {shape}: pass {self.rank} axes, {_AXES[self.rank]}")
+        if 0 in shape:
+            raise ContractError(f"input_ids has shape {shape}: every axis must be 1 or more")
+        if shape[-1] > self.max_length:
             raise ContractError(
-                f"input_ids has length {ids.shape[-1]}, the model's max_position_embeddings is {self.max_length}: "
+                f"input_ids has length {shape[-1]}, the model's max_position_embeddings is {self.max_length}: "
                 f"cut the input to {self.max_length} tokens or fewer"
             )
-        _check_range("input_ids", ids, self.vocab_size, "vocab_size")
+        for name, value in given.items():
+            if tuple(value.shape) != shape:
+                what = "a mask" if name == "attention_mask" else name
+                raise ContractError(f"{name} has shape {tuple(value.shape)}, input_ids {shape}: pass {what} of the same shape")
 
 
 def is_torch(value: Any) -> bool:
@@ -97,12 +125,23 @@ def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
 
 
+def _check_names(arrays: Mapping[str, Any]) -> None:
+    for name in arrays:
+        if name not in _NAMES:
+            raise ContractError(f"{name} is not an input of this model: pass {', '.join(_NAMES)}")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not is_torch(value):
+        raise ContractError(f"{name} is a {type(value).__name__}, input_ids a torch tensor: pass a torch tensor")
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        raise ContractError(f"{name} has dtype {value.dtype}: pass integers")
+
+
 def _integers(name: str, value: Any) -> Integers:
     if is_torch(value):
-        value = value.detach().cpu()
-        if value.dtype.is_floating_point or value.dtype.is_complex:
-            raise ContractError(f"{name} has dtype {value.dtype}: pass integers")
-        value = value.numpy()
+        _check_tensor(name, value)
+        value = value.detach().cpu().numpy()
     if not isinstance(value, np.ndarray):
         raise ContractError(f"{name} is a {type(value).__name__}: pass a numpy array or a torch tensor")
     if value.dtype.kind not in "iub":
@@ -112,8 +151,7 @@ def _integers(name: str, value: Any) -> Integers:
     return value.astype(np.int64)
 
 
-def _check_range(name: str, value: Integers, limit: int, limit_name: str) -> None:
-    low, high = int(value.min()), int(value.max())
+def _check_range(name: str, low: int, high: int, limit: int, limit_name: str) -> None:
     if low < 0 or high >= limit:
         raise ContractError(
             f"{name} holds {low if low < 0 else high}, the model's {limit_name} is {limit}: pass values from 0 to {limit - 1}"

@@ -17,24 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from mra_export import parity
+from mra_export.backends import CudaBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, WEIGHTS, Bundle
 from mra_export.contract import TOLERANCES
 from mra_export.errors import BackendError, ContractError, ParityError
-from mra_export.inputs import InputSpec, like
+from mra_export.inputs import InputSpec, is_torch, like
 
 if TYPE_CHECKING:
     from mra_export.backends import Backend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
 DEVICES = ("cpu", "cuda")
 
 
 class MraRuntime:
     """A loaded bundle. Thread-safe; batch and length may change from call to call. Use `load`, and `close` or a with statement.
 
-    backend: "torch" or "onnxruntime", the one that runs. device: "cpu" or "cuda".
+    backend: "torch", "onnxruntime" or "tensorrt", the one that runs. device: "cpu" or "cuda".
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
@@ -49,25 +50,34 @@ class MraRuntime:
         cls,
         bundle: str | Path | Bundle,
         backend: str = "auto",
-        device: str = "cpu",
+        device: str | None = None,
         *,
         use_op_library: bool = True,
         intra_op_threads: int | None = None,
+        engine: str | None = None,
+        allow_embedded_plugin: bool = False,
+        cuda_graphs: bool = False,
     ) -> MraRuntime:
         """Check a bundle's files and contract version, then load it.
 
         backend: "torch", "onnxruntime", or "auto", which takes ONNX Runtime where it can run the bundle's dtype on the device, else
-        torch, and logs which and why. device: "cpu" or "cuda"; no fallback from one to the other.
+        torch, and logs which and why. "tensorrt" runs an engine that `mra-export engine` built, TensorRT's or TensorRT-RTX's.
+        device: "cpu" or "cuda", no fallback from one to the other; None: "cuda" for tensorrt, "cpu" for the others.
         use_op_library: False runs the operator's definition in place of the compiled library, slower: ONNX Runtime the graph's own
         function body, which needs N x N memory, and torch the reference attention.
         intra_op_threads: threads of one ONNX Runtime call; torch has its own torch.set_num_threads.
+        engine, allow_embedded_plugin, cuda_graphs: for tensorrt, see backends/tensorrt.py.
 
-        Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (op library).
+        Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (a library),
+        EngineError (an engine does not fit this machine; the message has the command that rebuilds it).
         """
         _check_choice("backend", backend, ("auto", *BACKENDS))
+        device = device or ("cuda" if backend == "tensorrt" else "cpu")
         _check_choice("device", device, DEVICES)
         if intra_op_threads is not None and intra_op_threads < 1:
             raise ContractError(f"intra_op_threads is {intra_op_threads}: it must be 1 or more")
+        if backend != "tensorrt" and (engine is not None or allow_embedded_plugin or cuda_graphs):
+            raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'")
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         if backend == "auto":
             backend, why = _choose(loaded, device, use_op_library)
@@ -76,20 +86,31 @@ class MraRuntime:
             if intra_op_threads is not None:
                 raise ContractError("intra_op_threads is for ONNX Runtime: call torch.set_num_threads for the torch backend")
             return cls(loaded, _torch(loaded, device, use_op_library))
+        if backend == "tensorrt":
+            if not use_op_library or intra_op_threads is not None:
+                raise ContractError(
+                    "use_op_library and intra_op_threads are not for backend 'tensorrt': `mra-export engine --no-plugin` builds an "
+                    "engine without the operator's library"
+                )
+            return cls(loaded, _tensorrt(loaded, device, engine, allow_embedded_plugin, cuda_graphs))
         return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads))
 
     def run(self, **arrays: Any) -> dict[str, Any]:
         """Run the model once. Give input_ids and, where wanted, attention_mask (1 = real token) and token_type_ids.
 
         Each is a numpy array or torch tensor of integers, (batch, length), or (batch, choices, length) for multiple choice.
-        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides). numpy has no bfloat16:
+        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, CUDA
+        tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
         bfloat16 outputs come as float32 arrays. Raises ContractError for inputs the model cannot take.
         """
         running = self._running
         if running is None:
             raise BackendError(f"{self.bundle.path}: this runtime is closed, load it again")
+        ids = arrays.get("input_ids")
+        if ids is not None and is_torch(ids) and ids.is_cuda and isinstance(running, CudaBackend):
+            return running.run_cuda(self._inputs.prepare_tensors(arrays))
         prepared = self._inputs.prepare(arrays)
-        return like(running.run(prepared), arrays["input_ids"])
+        return like(running.run(prepared), ids)
 
     def validate(self) -> list[parity.Row]:
         """Compare with the golden outputs that PyTorch wrote at export. Returns the rows; raises ParityError if one fails."""
@@ -187,6 +208,14 @@ def _torch(bundle: Bundle, device: str, use_op_library: bool) -> Backend:
         device=device,
         reference=not use_op_library,
     )
+
+
+def _tensorrt(bundle: Bundle, device: str, engine: str | None, allow_embedded_plugin: bool, cuda_graphs: bool) -> Backend:
+    if device != "cuda":
+        raise BackendError(f"device is {device!r}: backend 'tensorrt' runs on device 'cuda' only")
+    from mra_export.backends.tensorrt import TensorRtBackend
+
+    return TensorRtBackend(bundle, engine=engine, allow_embedded_plugin=allow_embedded_plugin, cuda_graphs=cuda_graphs)
 
 
 def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None) -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,4 +17,13 @@ class Backend(Protocol):
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
         """The graph's inputs, checked (inputs.py) -> its outputs by name, as numpy arrays or torch tensors."""
+        ...
+
+
+@runtime_checkable
+class CudaBackend(Backend, Protocol):
+    """A backend that also takes torch CUDA tensors as they are."""
+
+    def run_cuda(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The graph's inputs as int64 CUDA tensors, checked -> its outputs as CUDA tensors, on torch's current stream."""
         ...
