@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import itertools
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mra_export import libraries
+from mra_export import libraries, tensorrt_api
 from mra_export.contract import (
     ATTRIBUTE_NAMES,
     OP_DOMAIN,
@@ -52,29 +52,17 @@ class TensorRT:
     """TensorRT-RTX with the plugin loaded and every message kept."""
 
     def __init__(self, plugin_path: Path) -> None:
-        import tensorrt_rtx
-
-        self.trt: ModuleType = tensorrt_rtx
-        # Its parser opens libtensorrt_rtx.so, a name that its packages do not ship; without the alias it ends the process.
-        ctypes.CDLL(str(plugin_path.with_name("libmra_rtx_alias.so")))
-        self.messages: list[tuple[Any, str]] = []
-        kept = self.messages
-
-        class Logger(tensorrt_rtx.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                tensorrt_rtx.ILogger.__init__(self)
-
-            def log(self, severity: Any, text: str) -> None:
-                kept.append((severity, text))
-
-        self.logger = Logger()
-        self.builder = tensorrt_rtx.Builder(self.logger)
-        self.registry = tensorrt_rtx.get_plugin_registry()
-        assert self.registry.load_library(str(plugin_path)) is not None
+        self.trt = tensorrt_api.load("tensorrt-rtx")
+        self.messages: list[tuple[str, str]] = []
+        gc.collect()  # TensorRT gives plugins the first logger that still lives in the process: let go of other tests' loggers
+        self.logger = tensorrt_api.make_logger(self.trt, lambda level, text: self.messages.append((level, text)))
+        self.builder = self.trt.Builder(self.logger)
+        tensorrt_api.register_plugin(self.trt, plugin_path, self.errors)
+        self.registry = self.trt.get_plugin_registry()
 
     def errors(self) -> str:
         """The errors since the last call."""
-        texts = [text for severity, text in self.messages if severity <= self.trt.ILogger.Severity.ERROR]
+        texts = [text for level, text in self.messages if level == "error"]
         self.messages.clear()
         return "\n".join(texts)
 
