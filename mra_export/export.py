@@ -13,8 +13,8 @@ import onnx
 import onnxscript
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 import mra_export
 from mra_export import bundle as bundles
@@ -73,12 +73,12 @@ def export_bundle(
     op_library = libraries.require("ort_ops")
     with bundles.staged(out, force) as folder:
         tell("load the checkpoint")
-        network, source = _network(model, task, dtype)
+        network, source, tokenizer = _network(model, task, dtype)
         network.set_padding_invariant(padding_invariant)
         task = next(name for name, kind in TASKS.items() if type(network) is kind)
         attributes = network.config.attributes(padding_invariant)
         promised = signature(task, network.config)
-        _copy_tokenizer(source, folder, tell)
+        _copy_tokenizer(tokenizer, folder, tell)
         inputs = golden_inputs(promised, network.config, folder)
 
         tell(f"export {task}, {dtype}, opset {opset}")
@@ -98,7 +98,7 @@ def export_bundle(
         shutil.copy(op_library, library)
 
         tell("write the manifest")
-        manifest = _manifest(network, task, dtype, opset, attributes, promised, str(source or type(network).__name__))
+        manifest = _manifest(network, task, dtype, opset, attributes, promised, source)
         manifest.files = bundles.list_files(folder)
         bundles.write_manifest(folder, manifest)
         del network
@@ -110,12 +110,13 @@ def export_bundle(
     return Path(out)
 
 
-def _network(model: str | os.PathLike[str] | PreTrainedModel, task: str, dtype: str) -> tuple[MraPreTrainedModel, str | None]:
-    """An eval-mode model on the CPU that is ours to change, and where its tokenizer is to be looked for."""
+def _network(model: str | os.PathLike[str] | PreTrainedModel, task: str, dtype: str) -> tuple[MraPreTrainedModel, str, Path | None]:
+    """An eval-mode model on the CPU that is ours to change, what to call its source, and the folder of its tokenizer."""
     torch_dtype = getattr(torch, DTYPES[dtype])
     if not isinstance(model, PreTrainedModel):
         with no_progress_bars():
-            return load(model if isinstance(model, str) else Path(model), task=task, dtype=torch_dtype), str(model)
+            network = load(model if isinstance(model, str) else Path(model), task=task, dtype=torch_dtype)
+            return network, str(model), _tokenizer_folder(str(model), download=True)
     if not isinstance(model, MraPreTrainedModel):
         raise CheckpointError(
             f"model is a {type(model).__module__}.{type(model).__name__}: pass a model of mra_export.model, "
@@ -125,23 +126,29 @@ def _network(model: str | os.PathLike[str] | PreTrainedModel, task: str, dtype: 
         raise CheckpointError(f"model is a {type(model).__name__}, task {task!r} needs a {TASKS[task].__name__}: pass task='auto'")
     own = copy.deepcopy(model).to(device="cpu", dtype=torch_dtype).eval()
     own.set_reference_attention(False)
-    return own, model.config._name_or_path or None
+    origin = model.config._name_or_path
+    return own, origin or type(model).__name__, _tokenizer_folder(origin, download=False) if origin else None
 
 
-def _copy_tokenizer(source: str | None, folder: Path, tell: Callable[[str], None]) -> None:
+def _copy_tokenizer(folder: Path | None, target: Path, tell: Callable[[str], None]) -> None:
     found = []
-    for name in TOKENIZER_FILES if source else ():
-        path = cached_file(
-            source,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if path is not None:
-            shutil.copyfile(path, folder / name)
+    for name in TOKENIZER_FILES:
+        if folder is not None and (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
             found.append(name)
     tell(f"tokenizer: {', '.join(found) or 'the checkpoint has none'}")
+
+
+def _tokenizer_folder(source: str, download: bool) -> Path | None:
+    """Where the tokenizer files of a checkpoint folder or hub id are on this machine, or None."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(TOKENIZER_FILES), local_files_only=not download))
+    except (OSError, ValueError) as error:  # no such hub id, or never downloaded
+        if download:
+            raise CheckpointError(f"{source}: the tokenizer files cannot be downloaded: {error}") from error
+        return None
 
 
 def _manifest(

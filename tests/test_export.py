@@ -163,6 +163,7 @@ def test_the_graph(opset, tmp_path):
     graph = onnx.load(bundle.file("model.onnx"))
     onnx.checker.check_model(graph, full_check=True)
     assert {entry.domain: entry.version for entry in graph.opset_import} == {"": opset, "mra": 1}
+    assert graph.ir_version == {18: 8, 20: 9, 23: 11}[opset], "the lowest that the opset allows: old runtimes load it"
     assert [(function.domain, function.name) for function in graph.functions] == [("mra", "MraAttention")]
 
     nodes = [node for node in graph.graph.node if node.op_type == "MraAttention"]
@@ -252,6 +253,16 @@ def test_a_checkpoint_folder_with_its_tokenizer(tmp_path):
     assert json.loads(bundle.file("config.json").read_text())["architectures"] == ["MraForMaskedLM"]
     assert {"torch", "onnx", "transformers", "mra_export"} <= bundle.manifest.versions.keys()
     load(bundle.path)  # the bundle is a checkpoint, too
+
+
+def test_a_model_whose_folder_is_gone_has_no_tokenizer(tmp_path):
+    make_model().save_pretrained(tmp_path / "checkpoint")
+    model = load(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+    steps = []
+    bundle = Bundle.load(export_bundle(model, tmp_path / "bundle", progress=steps.append))
+    assert "tokenizer: the checkpoint has none" in steps
+    assert not [name for name in bundle.manifest.files if "token" in name]
 
 
 def test_a_head_can_be_left_out(tmp_path):
