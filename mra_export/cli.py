@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -19,6 +19,11 @@ from mra_export.errors import MraExportError, ParityError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from mra_export.engine import EngineOptions
+    from mra_export.plan import EngineEntry
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 _PLAIN_WIDTH = 200
@@ -95,11 +100,13 @@ class Talker:
         if not verbose:
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-    def progress(self, text: str) -> None:
-        """Say what is being done now."""
+    def progress(self, text: str, passing: bool = False) -> None:
+        """Say what is being done now. passing: of interest only while it lasts, so not for a log."""
         if self._quiet:
             return
         if not sys.stderr.isatty():
+            if passing:
+                return
             click.echo(f"[{time.monotonic() - self._started:6.1f} s] {text}", err=True)
             return
         if self._status is None:
@@ -142,11 +149,84 @@ def main() -> None:
 
     \b
     mra-export export CHECKPOINT BUNDLE     make a bundle and check it
+    mra-export engine BUNDLE                add a TensorRT engine to it
     mra-export run BUNDLE --text "..."      try it
     mra-export verify BUNDLE                compare every runtime with PyTorch
 
     Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 1 anything else.
     """
+
+
+def engine_options(backend_flags: tuple[str, ...], default: str, extra: tuple[str, ...]) -> Callable[[_Function], _Function]:
+    """The options that say how to build an engine, for the commands that build one; engine.EngineOptions explains them."""
+    flags = [
+        click.option(
+            *backend_flags,
+            "engine_backend",
+            type=click.Choice((*extra, "auto", "tensorrt", "tensorrt-rtx")),
+            default=default,
+            show_default=True,
+            help="auto: TensorRT where it and a GPU are, else TensorRT-RTX, which builds anywhere.",
+        ),
+        click.option("--min-shapes", multiple=True, metavar="SHAPE", help="Least shape, as input_ids:1x1; once per profile."),
+        click.option("--opt-shapes", multiple=True, metavar="SHAPE", help="Shape to be fastest at; once per profile."),
+        click.option("--max-shapes", multiple=True, metavar="SHAPE", help="Largest shape, as input_ids:8x512; once per profile."),
+        click.option("--no-plugin", is_flag=True, help="Build the operator's definition in: no plugin needed, N x N memory."),
+        click.option("--embed-plugin", is_flag=True, help="Put the plugin library inside the plan."),
+        click.option(
+            "--compute-capability",
+            "compute_capabilities",
+            multiple=True,
+            metavar="CC",
+            help="TensorRT-RTX: a GPU to build for, as 8.9; may be given several times; default all it knows.",
+        ),
+        click.option("--version-compatible", is_flag=True, help="TensorRT: also for later releases of this major version."),
+        click.option(
+            "--hardware-compatibility",
+            type=click.Choice(("ampere-plus", "same-compute-capability")),
+            is_flag=False,
+            flag_value="ampere-plus",
+            help="TensorRT: not only for this GPU; without a value: ampere-plus.",
+        ),
+        click.option("--timing-cache", type=OutputFile(), help="TensorRT: file to read tactic timings from and write them to."),
+        click.option("--workspace-mb", type=click.IntRange(min=1), help="MiB of scratch memory that a layer may take."),
+        click.option("--builder-opt-level", type=click.IntRange(0, 5), help="0 builds fast, 5 looks longest for fast code."),
+    ]
+
+    def add(function: _Function) -> _Function:
+        for flag in reversed(flags):
+            function = flag(function)
+        return function
+
+    return add
+
+
+def _engine_options(
+    engine_backend: str,
+    no_plugin: bool,
+    min_shapes: tuple[str, ...],
+    opt_shapes: tuple[str, ...],
+    max_shapes: tuple[str, ...],
+    **others: Any,
+) -> EngineOptions:
+    """What the options of `engine_options` ask for."""
+    from mra_export.engine import EngineOptions
+
+    return EngineOptions(
+        backend=engine_backend,
+        plugin=not no_plugin,
+        min_shapes=min_shapes,
+        opt_shapes=opt_shapes,
+        max_shapes=max_shapes,
+        **others,
+    )
+
+
+def _say_engine(talker: Talker, entry: EngineEntry) -> None:
+    from mra_export.profiles import describe
+
+    plugin = f"{entry.plugin_layers} MraAttention plugin layers" if entry.plugin else "no plugin"
+    talker.print(f"{entry.file}: {entry.dtype}, {plugin}, shapes {describe(entry.profiles)}")
 
 
 @main.command("export", cls=Command)
@@ -162,9 +242,21 @@ def main() -> None:
 )
 @click.option("--force", is_flag=True, help="Overwrite a bundle that is at OUT.")
 @click.option("--no-verify", is_flag=True, help="Publish without comparing the runtimes with PyTorch.")
+@engine_options(("--engine",), "none", ("none",))
 @click.pass_obj
 def export_command(
-    talker: Talker, model: str, out: Path, task: str, dtype: str, opset: int, padding_invariant: bool, force: bool, no_verify: bool
+    talker: Talker,
+    /,
+    model: str,
+    out: Path,
+    task: str,
+    dtype: str,
+    opset: int,
+    padding_invariant: bool,
+    force: bool,
+    no_verify: bool,
+    engine_backend: str,
+    **engine: Any,
 ) -> None:
     """Turn the checkpoint MODEL, a folder or hub id, into the bundle OUT.
 
@@ -174,8 +266,15 @@ def export_command(
     Examples:
       mra-export export uw-madison/mra-base-512-4 mra-base
       mra-export export my-checkpoint my-bundle --dtype fp16 --force
+      mra-export export my-checkpoint my-bundle --engine tensorrt-rtx --max-shapes input_ids:16x512
     """
     from mra_export.export import export_bundle
+
+    finish = None
+    if engine_backend == "none":
+        _refuse_engine_options(engine)
+    else:
+        finish = _engine_builder(talker, _engine_options(engine_backend, **engine))
 
     def check(folder: Path) -> list[dict[str, Any]]:
         from mra_export.bundle import Bundle
@@ -199,10 +298,62 @@ def export_command(
         opset=opset,
         padding_invariant=padding_invariant,
         force=force,
+        finish=finish,
         check=None if no_verify else check,
         progress=talker.progress,
     )
     talker.print(f"{out}: {_megabytes(out)} MB, ready for mra-export run and verify")
+
+
+def _refuse_engine_options(engine: dict[str, Any]) -> None:
+    given = [name for name, value in engine.items() if value]
+    if given:
+        raise click.UsageError(f"--{given[0].replace('_', '-')} says how to build an engine: add --engine auto, for one.")
+
+
+def _engine_builder(talker: Talker, options: EngineOptions) -> Callable[[Path], None] | None:
+    """What builds the engine into the folder of an export. With "auto", None where none can be built; the reason is said."""
+    from mra_export.engine import build_engine, check_can_build
+    from mra_export.errors import EngineError, PluginLoadError
+
+    try:
+        check_can_build(options)
+    except (EngineError, PluginLoadError) as error:
+        if options.backend != "auto":
+            raise
+        talker.print(f"No engine: {error}")
+        return None
+
+    def build(folder: Path) -> None:
+        from mra_export.bundle import Bundle
+
+        _say_engine(talker, build_engine(Bundle.load(folder), options, talker.progress))
+
+    return build
+
+
+@main.command("engine", cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@engine_options(("--backend", "--engine"), "auto", ())
+@click.pass_obj
+def engine_command(talker: Talker, /, bundle: Path, engine_backend: str, **engine: Any) -> None:
+    """Build a TensorRT engine from BUNDLE's graph and add it to BUNDLE.
+
+    The engine has one plugin layer per MRA layer. An engine of the same TensorRT, GPU and dtype is replaced; an interrupted build
+    leaves BUNDLE as it was.
+
+    \b
+    Examples:
+      mra-export engine my-bundle
+      mra-export engine my-bundle --min-shapes input_ids:1x1 --opt-shapes input_ids:8x128 --max-shapes input_ids:32x512
+      mra-export engine my-bundle --backend tensorrt-rtx --compute-capability 8.9 --no-plugin
+    """
+    from mra_export.bundle import Bundle
+    from mra_export.engine import build_engine
+
+    options = _engine_options(engine_backend, **engine)
+    talker.progress(f"checking the files of {bundle}")
+    _say_engine(talker, build_engine(Bundle.load(bundle), options, talker.progress))
 
 
 @main.command(cls=Command)
@@ -261,8 +412,10 @@ def verify(
 @click.option("--choice", "choices", multiple=True, help="For multiple-choice, several times, with one --text.")
 @click.option("--npz", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Inputs by name, such as input_ids.")
 @click.option("--out", type=OutputFile(), help="With --npz: write the outputs there, as npz.")
-@click.option("--backend", type=click.Choice(("auto", "torch", "onnxruntime")), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option("--backend", type=click.Choice(("auto", "torch", "onnxruntime", "tensorrt")), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default cuda for tensorrt, cpu for the others.")
+@click.option("--engine", help="With --backend tensorrt: file name of the engine, where BUNDLE has several.")
+@click.option("--allow-embedded-plugin", is_flag=True, help="With --backend tensorrt: let the engine bring its own plugin code.")
 @click.option("--no-op-library", is_flag=True, help="Run the operator's definition in place of its compiled library.")
 @click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
 @click.pass_obj
@@ -276,7 +429,9 @@ def run(
     npz: Path | None,
     out: Path | None,
     backend: str,
-    device: str,
+    device: str | None,
+    engine: str | None,
+    allow_embedded_plugin: bool,
     no_op_library: bool,
     as_json: bool,
 ) -> None:
@@ -300,7 +455,14 @@ def run(
         raise click.UsageError("--out goes with --npz; add --json for the answers to text.")
     from mra_export.runtime import MraRuntime
 
-    with MraRuntime.load(bundle, backend, device, use_op_library=not no_op_library) as runtime:
+    with MraRuntime.load(
+        bundle,
+        backend,
+        device,
+        use_op_library=not no_op_library,
+        engine=engine,
+        allow_embedded_plugin=allow_embedded_plugin,
+    ) as runtime:
         talker.progress(f"{runtime.backend} on {runtime.device}")
         if npz is not None:
             from mra_export.arrays import read_arrays, write_arrays

@@ -9,6 +9,7 @@ import onnx
 
 from mra_export.bundle import MODEL, Bundle
 from mra_export.contract import OP_DOMAIN, OP_TYPE
+from mra_export.plan import entries
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             "functions": {f"{f.domain}.{f.name}": len(f.node) for f in graph.functions},
         },
         "files": {name: entry.model_dump() for name, entry in sorted(manifest.files.items())},
-        "engines": list(manifest.engines),
+        "engines": [entry.model_dump() for entry in entries(bundle)],
         "parity": None if rows is None else dict(Counter(str(row.get("status")) for row in rows)),
         "versions": dict(manifest.versions),
         "source": manifest.source,

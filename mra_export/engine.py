@@ -23,7 +23,7 @@ from mra_export import errors, gpu, libraries, profiles, tensorrt_api
 from mra_export.bundle import MODEL, Bundle
 from mra_export.contract import PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from mra_export.engine_builder import Request, Result
-from mra_export.errors import BundleError, ContractError, EngineError
+from mra_export.errors import BundleError, ContractError, EngineError, PluginLoadError
 from mra_export.plan import EngineEntry, Plugin, entries
 from mra_export.tensorrt_api import FLAVOURS
 
@@ -110,6 +110,24 @@ def choose_backend(name: str) -> str:
     return name
 
 
+def check_can_build(options: EngineOptions) -> tuple[str, Path | None]:
+    """The backend that will build, and the plugin library, None where `plugin` is False.
+
+    Raises EngineError (nothing installed that can build here, or an option it does not know), PluginLoadError (no plugin library).
+    """
+    backend = choose_backend(options.backend)
+    for option, why in FLAVOURS[backend].refuses.items():
+        if getattr(options, option):
+            flag = "--" + ("compute-capability" if option == "compute_capabilities" else option.replace("_", "-"))
+            raise EngineError(f"{flag} is not for {backend}: {why}")
+    if not options.plugin:
+        return backend, None
+    try:
+        return backend, libraries.require("trt_plugin")
+    except PluginLoadError as error:
+        raise PluginLoadError(f"{error}; or pass --no-plugin, which builds from the function body (slower)") from error
+
+
 def build_engine(
     bundle: Bundle, options: EngineOptions | None = None, progress: Progress = lambda text, passing: None
 ) -> EngineEntry:
@@ -120,13 +138,8 @@ def build_engine(
     PluginLoadError (no plugin library), BundleError (the bundle cannot be written to).
     """
     options = options or EngineOptions()
-    backend = choose_backend(options.backend)
-    for option, why in FLAVOURS[backend].refuses.items():
-        if getattr(options, option):
-            flag = "--" + ("compute-capability" if option == "compute_capabilities" else option.replace("_", "-"))
-            raise EngineError(f"{flag} is not for {backend}: {why}")
+    backend, library = check_can_build(options)
     shapes = profiles.make_profiles(bundle, options.min_shapes, options.opt_shapes, options.max_shapes, options.plugin)
-    library = libraries.require("trt_plugin") if options.plugin else None
     if not os.access(bundle.path, os.W_OK | os.X_OK):
         raise BundleError(f"{bundle.path} cannot be written to: change its permissions, or copy the bundle")
     with tempfile.TemporaryDirectory(prefix="mra-engine-") as scratch:

@@ -106,7 +106,7 @@ def check_version(bundle: Bundle, entry: EngineEntry, installed: str) -> None:
 
 
 def check_gpu(bundle: Bundle, entry: EngineEntry, devices: Sequence[Gpu], driver: str | None, index: int = 0) -> None:
-    """A GPU is here, the engine was built for its kind, and the driver's CUDA is not of an older major version than the builder's."""
+    """A GPU is here, the engine was built for its kind, and the driver's CUDA is of no older major version than the builder's."""
     if not devices:
         raise EngineError(f"{bundle.path / entry.file} runs on an NVIDIA GPU, and {gpu.why_none()}: use backend 'onnxruntime' here")
     here = devices[index]

@@ -48,6 +48,7 @@ def export_bundle(
     padding_invariant: bool = False,
     force: bool = False,
     weights: bool = True,
+    finish: Callable[[Path], None] | None = None,
     check: Callable[[Path], list[dict[str, Any]]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -59,6 +60,7 @@ def export_bundle(
     padding_invariant: a sequence gives the same result alone and in any batch (docs/operator.md, "Row maximum").
     force: overwrite a bundle at `out`; anything else there is never touched.
     weights: also store model.safetensors, which the torch backend and `verify` need.
+    finish: called with the folder when it is complete, to add to it and its manifest (a TensorRT engine, say).
     check: called with the finished folder before it is published; its rows become the manifest's parity report.
     progress: told each step in a few words.
 
@@ -102,6 +104,9 @@ def export_bundle(
         manifest.files = bundles.list_files(folder)
         bundles.write_manifest(folder, manifest)
         del network
+        if finish is not None:
+            finish(folder)
+            manifest = bundles.Bundle.load(folder, verify_hashes=False).manifest
         if check is not None:
             tell("check the bundle")
             manifest.parity = check(folder)

@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mra_export.profiles import describe
+
 Shown = list[Any]
 
 
@@ -92,11 +94,25 @@ def _inspect(facts: dict[str, Any]) -> Shown:
         files.add_row(name, str(entry["size"]), entry["sha256"][:16])
     tables: Shown = [_titled(facts["path"], overview), _titled("operators", ops), _titled("files", files)]
     if facts["engines"]:
-        engines = _table(*facts["engines"][0])
-        for engine in facts["engines"]:
-            engines.add_row(*(str(value) for value in engine.values()))
-        tables.append(_titled("engines", engines))
+        tables.append(_titled("engines", _engines(facts["engines"])))
     return tables
+
+
+def _engines(engines: list[dict[str, Any]]) -> Table:
+    table = _table("file", "builder", "dtype", "plugin layers", "plugin", "GPUs", "shapes", "options")
+    for engine in engines:
+        plugin = engine["plugin"]
+        table.add_row(
+            engine["file"],
+            f"{engine['backend']} {engine['builder']}",
+            engine["dtype"],
+            str(engine["plugin_layers"]),
+            f"version {plugin['version']}, {'inside the plan' if plugin['embedded'] else plugin['library']}" if plugin else "none",
+            ", ".join(engine["compute_capabilities"]),
+            describe(engine["profiles"]),
+            ", ".join(f"{name} {value}" for name, value in engine["options"].items()) or "defaults",
+        )
+    return table
 
 
 def _parity(counts: dict[str, int] | None) -> str:
