@@ -17,9 +17,9 @@ from mra_export.errors import ContractError
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """Every array of an npz file, by name; no pickled objects. Raises ContractError for any other file."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of named arrays")
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ContractError(
