@@ -16,6 +16,8 @@ Inputs = dict[str, npt.NDArray[np.int64]]
 Logits = npt.NDArray[Any]
 _TOKENIZER = "tokenizer.json"
 _SLOW_FILES = ("vocab.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model")
+_MASKS = ("<mask>", "[MASK]")
+"""Tried where no configuration file names the mask token."""
 _MAX_ANSWER_TOKENS = 30
 
 
@@ -35,23 +37,25 @@ class Tokenizer:
             raise BundleError(
                 f"{folder} has no tokenizer: export a checkpoint folder with its tokenizer.json, or pass token ids with --npz"
             )
-        import tokenizers
-
+        settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+        mask = _token_text(settings.get("mask_token"))
         try:
             if (folder / _TOKENIZER).is_file():
+                import tokenizers
+
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
             else:
                 from transformers import AutoTokenizer
 
-                self._tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+                made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+                self._tokenizer, mask = made.backend_tokenizer, made.mask_token
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"the tokenizer in {folder} cannot be read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        config = _json(folder / "config.json")
-        settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
-        self._pad = config.get("pad_token_id") or 0
-        self.mask_token: str | None = _token_text(settings.get("mask_token"))
+        self._pad = _json(folder / "config.json").get("pad_token_id") or 0
+        known = (token for token in (mask, *_MASKS) if token and self._tokenizer.token_to_id(token) is not None)
+        self.mask_token: str | None = next(known, None)
         self.mask_id: int | None = self._tokenizer.token_to_id(self.mask_token) if self.mask_token else None
 
     def encode(self, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None) -> Inputs:
