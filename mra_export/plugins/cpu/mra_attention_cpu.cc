@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
+#include <thread>
 
 #include "mra_attention_params.h"
 #include "mra_attention_problem.h"
@@ -11,7 +13,8 @@ namespace mra {
 namespace {
 
 constexpr int64_t kMaxWorkers = 1024;
-constexpr int64_t kPiecesPerWorker = 8;  // so that an unlucky thread holds the others up for an eighth of its share at most
+constexpr int64_t kPiecesPerWorker = 16;            // so that a slow thread holds the others up for a sixteenth of its share
+constexpr double kWorkerProducts = 2e6;             // multiply-adds below which waking another thread does not pay: some 20 us
 constexpr int64_t kGroupBytes = int64_t{24} << 20;  // packed heads that are in flight together: a share of the last-level cache
 constexpr size_t kAlignment = 64;
 
@@ -88,11 +91,19 @@ class Arena {
   bool fits_ = true;
 };
 
+// One head's way through the phases.
+struct alignas(kAlignment) HeadProgress {
+  std::atomic<int64_t> packed{0};  // chunks
+  std::atomic<bool> selected{false};
+  std::atomic<int64_t> next_piece{0};
+};
+
 struct Plan {
   Problem problem;
   int64_t all_heads;    // B * H
   int64_t group_heads;  // in a group; the last group may have fewer
   int64_t num_workers;
+  HeadProgress* progress;  // (group_heads)
   size_t bytes;
 };
 
@@ -114,6 +125,8 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   problem.chosen = params->num_blocks < nb * nb ? params->num_blocks : nb * nb;
   plan->all_heads = params->batch * params->num_heads;
   plan->num_workers = num_threads < kMaxWorkers ? num_threads : kMaxWorkers;
+  const double products = static_cast<double>(plan->all_heads) * static_cast<double>(problem.chosen) * 2.0 * kBlock * kBlock * D;
+  if (plan->num_workers > 1 + products / kWorkerProducts) plan->num_workers = 1 + static_cast<int64_t>(products / kWorkerProducts);
 
   // Groups of equal size, each within kGroupBytes unless that leaves threads idle.
   const int64_t head_bytes = nb * kBlock * d8 * 8;
@@ -136,7 +149,7 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   group.real_count = arena.Take<float>(heads, nb32);
   group.columns = arena.Take<int32_t>(heads, problem.chosen);
   group.row_start = arena.Take<int64_t>(heads, nb + 1);
-  group.cost_start = arena.Take<int64_t>(heads + 1);
+  plan->progress = arena.Take<HeadProgress>(heads);
   problem.workers = arena.Take<WorkerBuffers>(plan->num_workers);
   for (int64_t n = 0; n < plan->num_workers && arena.fits(); ++n) {
     WorkerBuffers worker;
@@ -157,34 +170,44 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   return MRA_OK;
 }
 
-using Item = void (*)(const Problem& problem, int64_t item, int64_t worker);
-
-struct Phase {
+// The work of one group of heads. There is a single parallel loop and no barrier in it: whoever packs the last chunk of a head
+// selects its blocks and starts on its pieces, whose keys and values are still in that core's cache; the others join when they have
+// nothing to pack.
+struct Group {
   const Problem* problem;
-  Item run;
-  int64_t count;
-  std::atomic<int64_t> next;
+  const Kernels* kernels;
+  HeadProgress* progress;  // (heads)
+  int64_t chunks;          // of each head
+  std::atomic<int64_t> next_chunk{0};
+
+  void TakePieces(int64_t head, int64_t worker) {
+    std::atomic<int64_t>& next = progress[head].next_piece;
+    while (next.load(std::memory_order_relaxed) < problem->pieces) {
+      const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
+      if (piece < problem->pieces) kernels->attend(*problem, head, piece, worker);
+    }
+  }
+
+  void Work(int64_t worker) {
+    for (;;) {
+      const int64_t item = next_chunk.fetch_add(1, std::memory_order_relaxed);
+      if (item >= problem->heads * chunks) break;
+      const int64_t head = item / chunks;
+      kernels->pack(*problem, head, item % chunks);
+      if (progress[head].packed.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) continue;
+      kernels->select(*problem, head, worker);
+      progress[head].selected.store(true, std::memory_order_release);
+      TakePieces(head, worker);
+    }
+    // A head that is not selected yet is in the hands of a worker that runs, so this wait ends whatever the number of threads.
+    for (int64_t head = 0; head < problem->heads; ++head) {
+      while (!progress[head].selected.load(std::memory_order_acquire)) std::this_thread::yield();
+      TakePieces(head, worker);
+    }
+  }
 };
 
-// Each worker owns its buffers and takes items until none is left, so any number of them gives the same result.
-void Work(void* arg, int64_t worker) {
-  Phase& phase = *static_cast<Phase*>(arg);
-  for (;;) {
-    const int64_t item = phase.next.fetch_add(1, std::memory_order_relaxed);
-    if (item >= phase.count) return;
-    phase.run(*phase.problem, item, worker);
-  }
-}
-
-void RunPhase(const Problem& problem, Item run, int64_t count, int64_t num_workers, const MraThreads* threads) {
-  Phase phase = {&problem, run, count, {0}};
-  const int64_t workers = count < num_workers ? count : num_workers;
-  if (threads == nullptr || workers == 1) {
-    Work(&phase, 0);
-  } else {
-    threads->parallel_for(threads->pool, workers, Work, &phase);
-  }
-}
+void WorkOnGroup(void* group, int64_t worker) { static_cast<Group*>(group)->Work(worker); }
 
 // Everything after the pointers were checked. context NULL: selection only.
 MraStatus Run(const MraAttentionParams* params, const void* query, const void* key, const void* value, const int32_t* mask,
@@ -209,24 +232,19 @@ MraStatus Run(const MraAttentionParams* params, const void* query, const void* k
   problem.context = context;
   problem.blocks = blocks;
   problem.score = score;
-  const int64_t nb = problem.nb;
+  Group group{&problem, kernels, plan.progress, (problem.nb + kPackBlocks - 1) / kPackBlocks};
   for (int64_t first = 0; first < plan.all_heads; first += plan.group_heads) {
     problem.first_head = first;
     problem.heads = plan.all_heads - first < plan.group_heads ? plan.all_heads - first : plan.group_heads;
-    RunPhase(problem, kernels->pack, problem.heads * ((nb + kPackBlocks - 1) / kPackBlocks), plan.num_workers, threads);
-    RunPhase(problem, kernels->select, problem.heads, plan.num_workers, threads);
-    if (context == nullptr) continue;
-    int64_t cost = 0;
-    for (int64_t head = 0; head <= problem.heads; ++head) {
-      problem.group.cost_start[head] = cost;
-      if (head < problem.heads) {
-        cost += problem.group.row_start[head * (nb + 1) + nb] * 2 * kBlock * kBlock + nb * (nb + kRowCost);
-      }
+    const int64_t wanted = (plan.num_workers * kPiecesPerWorker + problem.heads - 1) / problem.heads;
+    problem.pieces = context == nullptr ? 0 : plan.num_workers == 1 ? 1 : (wanted < problem.nb ? wanted : problem.nb);
+    for (int64_t head = 0; head < problem.heads; ++head) new (&plan.progress[head]) HeadProgress();
+    group.next_chunk.store(0, std::memory_order_relaxed);
+    if (threads == nullptr || plan.num_workers == 1) {
+      WorkOnGroup(&group, 0);
+    } else {
+      threads->parallel_for(threads->pool, plan.num_workers, WorkOnGroup, &group);
     }
-    const int64_t rows = problem.heads * nb;
-    const int64_t pieces = plan.num_workers * kPiecesPerWorker;
-    problem.pieces = plan.num_workers == 1 ? 1 : (rows < pieces ? rows : pieces);
-    RunPhase(problem, kernels->attend, problem.pieces, plan.num_workers, threads);
   }
   return MRA_OK;
 }

@@ -158,10 +158,8 @@ void PackHead(const Problem& problem, int64_t head, int64_t first, int64_t last)
   }
 }
 
-void Pack(const Problem& problem, int64_t item, int64_t) {
-  const int64_t chunks = (problem.nb + kPackBlocks - 1) / kPackBlocks;
-  const int64_t head = item / chunks;
-  const int64_t first = item % chunks * kPackBlocks;
+void Pack(const Problem& problem, int64_t head, int64_t chunk) {
+  const int64_t first = chunk * kPackBlocks;
   const int64_t last = Smaller(problem.nb, first + kPackBlocks);
   switch (problem.params->dtype) {
     case MRA_FLOAT16:
@@ -595,42 +593,31 @@ void AttendRow(const Problem& problem, int64_t head_index, const Head& head, int
   }
 }
 
-// Cost of the block rows of a head before row i, in low-resolution blocks; an exact block pair costs 2 * 32 * 32 of them.
-MRA_INLINE int64_t CostBefore(const Problem& problem, const Head& head, int64_t i) {
-  return head.row_start[i] * 2 * kBlock * kBlock + i * (problem.nb + kRowCost);
-}
-
-// The first block row, counted over the group's heads, whose cost begins at or after `cost`.
-int64_t RowAtCost(const Problem& problem, int64_t cost) {
-  const int64_t* cost_start = problem.group.cost_start;
-  int64_t low = 0;
-  int64_t high = problem.heads;  // cost_start[low] < cost, unless low is 0
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (cost_start[middle] < cost ? low : high) = middle;
-  }
-  const Head head = HeadOf(problem, low);
+// The first block row of a head at or after this share of its cost. A row's cost is counted in low-resolution blocks, of which an
+// exact block pair is worth 2 * 32 * 32.
+int64_t RowAtShare(const Problem& problem, const Head& head, int64_t numerator, int64_t denominator) {
+  const auto cost_before = [&](int64_t i) { return head.row_start[i] * 2 * kBlock * kBlock + i * (problem.nb + kRowCost); };
+  const int64_t cost = cost_before(problem.nb) / denominator * numerator;
+  if (numerator == denominator) return problem.nb;
   int64_t from = 0;
   int64_t to = problem.nb;  // the answer is in [from, to]
   while (from < to) {
     const int64_t middle = (from + to) / 2;
-    if (cost_start[low] + CostBefore(problem, head, middle) < cost) {
+    if (cost_before(middle) < cost) {
       from = middle + 1;
     } else {
       to = middle;
     }
   }
-  return low * problem.nb + from;
+  return from;
 }
 
 template <class T>
-void AttendRows(const Problem& problem, int64_t begin, int64_t end, const WorkerBuffers& worker) {
+void AttendRows(const Problem& problem, int64_t head_index, const Head& head, int64_t begin, int64_t end,
+                const WorkerBuffers& worker) {
   const bool full = problem.params->approx_mode == MRA_APPROX_FULL;
-  while (begin < end) {
-    const int64_t head_index = begin / problem.nb;
-    const Head head = HeadOf(problem, head_index);
-    const int64_t first = begin % problem.nb;
-    const int64_t rows = Smaller(Smaller(kPanel, problem.nb - first), end - begin);
+  for (int64_t first = begin; first < end; first += kPanel) {
+    const int64_t rows = Smaller(kPanel, end - first);
     float total[kPanel] = {};
     if (full) {
       LowResolution(problem, head_index, head, first, rows, worker, total);
@@ -640,23 +627,21 @@ void AttendRows(const Problem& problem, int64_t begin, int64_t end, const Worker
     for (int64_t r = 0; r < rows; ++r) {
       AttendRow<T>(problem, head_index, head, first + r, worker.low_output + r * problem.d32, total[r], worker);
     }
-    begin += rows;
   }
 }
 
-void Attend(const Problem& problem, int64_t piece, int64_t worker_index) {
+void Attend(const Problem& problem, int64_t head_index, int64_t piece, int64_t worker_index) {
   const WorkerBuffers& worker = problem.workers[worker_index];
-  const int64_t total = problem.group.cost_start[problem.heads];
-  const int64_t share = total / problem.pieces + 1;
-  const int64_t begin = RowAtCost(problem, Smaller(total, piece * share));
-  const int64_t end = RowAtCost(problem, Smaller(total, (piece + 1) * share));
+  const Head head = HeadOf(problem, head_index);
+  const int64_t begin = RowAtShare(problem, head, piece, problem.pieces);
+  const int64_t end = RowAtShare(problem, head, piece + 1, problem.pieces);
   switch (problem.params->dtype) {
     case MRA_FLOAT16:
-      return AttendRows<Half>(problem, begin, end, worker);
+      return AttendRows<Half>(problem, head_index, head, begin, end, worker);
     case MRA_BFLOAT16:
-      return AttendRows<BFloat>(problem, begin, end, worker);
+      return AttendRows<BFloat>(problem, head_index, head, begin, end, worker);
     default:
-      return AttendRows<float>(problem, begin, end, worker);
+      return AttendRows<float>(problem, head_index, head, begin, end, worker);
   }
 }
 

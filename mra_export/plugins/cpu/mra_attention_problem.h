@@ -18,18 +18,17 @@ constexpr int64_t kRowCost = 64;  // cost of a block row apart from its products
 // Packed inputs and selection of one group of (batch row, head) pairs, float32. nb8, nb32, d8, d32: rounded up to multiples of 8
 // and 32.
 struct GroupBuffers {
-  float* key_panels;    // (heads, nb, 4, D, 8): K in panels of 8 tokens, masked tokens 0
-  float* value_rows;    // (heads, nb, 32, d8): V, masked tokens 0
-  float* value_sum;     // (heads, nb, d32): sum of V over the block
-  float* query_mean;    // (heads, nb8 / 8, D, 8)
-  float* key_mean;      // (heads, D, nb32)
-  float* logits;        // (heads, nb8, nb32): l_ij, then log2(e) * l_ij where the low resolution counts and -inf elsewhere
-  float* row_max;       // (heads, nb8): r_i, then the largest low-resolution logit of the row in units of log2
-  uint32_t* real;       // (heads, nb): bit t: token t of the block is real
-  float* real_count;    // (heads, nb32): c_j
-  int32_t* columns;     // (heads, capacity): live chosen j, row after row, ascending
-  int64_t* row_start;   // (heads, nb + 1): where a row's columns begin
-  int64_t* cost_start;  // (heads + 1): cost of all heads before this one
+  float* key_panels;   // (heads, nb, 4, D, 8): K in panels of 8 tokens, masked tokens 0
+  float* value_rows;   // (heads, nb, 32, d8): V, masked tokens 0
+  float* value_sum;    // (heads, nb, d32): sum of V over the block
+  float* query_mean;   // (heads, nb8 / 8, D, 8)
+  float* key_mean;     // (heads, D, nb32)
+  float* logits;       // (heads, nb8, nb32): l_ij, then log2(e) * l_ij where the low resolution counts and -inf elsewhere
+  float* row_max;      // (heads, nb8): r_i, then the largest low-resolution logit of the row in units of log2
+  uint32_t* real;      // (heads, nb): bit t: token t of the block is real
+  float* real_count;   // (heads, nb32): c_j
+  int32_t* columns;    // (heads, capacity): live chosen j, row after row, ascending
+  int64_t* row_start;  // (heads, nb + 1): where a row's columns begin
 };
 
 // Buffers of one worker.
@@ -59,18 +58,18 @@ struct Problem {
   int64_t chosen;      // min(K, nb * nb)
   int64_t first_head;  // of the group, counted over batch rows and heads
   int64_t heads;       // in the group
-  int64_t pieces;      // that attend cuts the group into
+  int64_t pieces;      // that attend cuts each head into
   GroupBuffers group;
   WorkerBuffers* workers;
 };
 
 struct Kernels {
-  // Packs blocks [kPackBlocks * chunk, ...) of one head; item = head * chunks + chunk.
-  void (*pack)(const Problem& problem, int64_t item, int64_t worker);
-  // Chooses the exact blocks of one head.
+  // Packs blocks [kPackBlocks * chunk, kPackBlocks * (chunk + 1)) of one head.
+  void (*pack)(const Problem& problem, int64_t head, int64_t chunk);
+  // Chooses the exact blocks of one head whose chunks are all packed.
   void (*select)(const Problem& problem, int64_t head, int64_t worker);
-  // Computes the context of one of problem.pieces equal-cost runs of block rows.
-  void (*attend)(const Problem& problem, int64_t piece, int64_t worker);
+  // Computes the context of one of problem.pieces equal-cost runs of block rows of one head that is selected.
+  void (*attend)(const Problem& problem, int64_t head, int64_t piece, int64_t worker);
 };
 
 #if defined(__x86_64__)
