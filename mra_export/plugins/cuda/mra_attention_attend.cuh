@@ -217,8 +217,11 @@ __device__ __forceinline__ bool MergeChunks(const Problem& p, int64_t head, cons
   return true;
 }
 
+// CTAs that an SM's registers must hold. Without it ptxas trades spills for occupancy on some architectures.
+constexpr int AttendCtas(int dims) { return dims <= 64 ? 6 : dims <= 128 ? 3 : 2; }
+
 template <typename T, int kDims>
-__global__ void __launch_bounds__(kAttendThreads) AttendKernel(Problem p) {
+__global__ void __launch_bounds__(kAttendThreads, AttendCtas(kDims)) AttendKernel(Problem p) {
   MRA_DYNAMIC_SHARED(memory);
   const int stride = TokenStride(p.head_size);
   float* query_tile = reinterpret_cast<float*>(memory);  // (32, stride)

@@ -103,7 +103,7 @@ __device__ __forceinline__ void LogitTile(const Problem& p, int64_t head, int ro
 }
 
 // One CTA per head and tile of its logits.
-__global__ void __launch_bounds__(kSelectThreads) LogitKernel(Problem p) {
+__global__ void __launch_bounds__(kSelectThreads, 2) LogitKernel(Problem p) {
   MRA_DYNAMIC_SHARED(memory);
   const int64_t head = blockIdx.x / p.logit_tiles;
   const int tile = blockIdx.x % p.logit_tiles;
@@ -167,7 +167,7 @@ __device__ __forceinline__ int WarpScan(int value, int lane) {
   return value;
 }
 
-// Steps 3 to 5 for one head whose l_ij are at `logit` (nb x nb, shared or global memory).
+// Steps 3 to 5 for one head whose l_ij are at `logit` (nb x nb, shared or global memory); read after a barrier.
 __device__ __forceinline__ void SelectHead(const Problem& p, int64_t head, const SelectShared& s, const float* logit) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int nb = p.blocks;
@@ -311,7 +311,7 @@ __device__ __forceinline__ void SelectHead(const Problem& p, int64_t head, const
 }
 
 // One CTA per head.
-__global__ void __launch_bounds__(kSelectThreads) SelectKernel(Problem p) {
+__global__ void __launch_bounds__(kSelectThreads, 2) SelectKernel(Problem p) {
   MRA_DYNAMIC_SHARED(memory);
   const SelectShared s = CarveSelectShared(memory, p);
   const int64_t head = blockIdx.x;
@@ -320,7 +320,6 @@ __global__ void __launch_bounds__(kSelectThreads) SelectKernel(Problem p) {
     return;
   }
   for (int row = 0; row < p.blocks; row += kLogitTileRows) LogitTile(p, head, row, 0, s.stage, s.logit);
-  __syncthreads();
   SelectHead(p, head, s, s.logit);
 }
 
