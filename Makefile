@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find mra_export/plugins -type f -not -name '*.py')
 OLD := .downloads
+NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
 .PHONY: help demo test lint format bench clean
 help: ## This list.
@@ -23,9 +24,19 @@ help: ## This list.
 	@$(PIP) install -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.22" ninja
 	@touch $@
 
-.venv/installed: .venv/packages $(SOURCES)
+# What the TensorRT plugin is built with and tested against. It is optional: where something cannot be had, the rest goes on without.
+.venv/tensorrt: .venv/packages mra_export/plugins/tensorrt/fetch_headers.py
+	@echo "Fetching what TensorRT engines need (optional)"
+	@$(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py || echo "No TensorRT headers: the plugin is left out"
+	@command -v nvcc $(CUDACXX) /usr/local/cuda/bin/nvcc >/dev/null || $(PIP) install -c constraints.txt $(NVCC) || echo "No CUDA compiler: the plugin is left out"
+	@$(PIP) install -c constraints.txt tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && \
+	  $(PIP) install -c constraints.txt --no-build-isolation --no-deps tensorrt-rtx-cu13 || echo "No TensorRT-RTX: engines are left out"
+	@touch $@
+
+.venv/installed: .venv/packages .venv/tensorrt $(SOURCES)
 	@echo "Building the op libraries and installing mra_export"
-	@$(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
+	@export CUDACXX="$${CUDACXX:-$$(ls .venv/lib/python*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)}"; \
+	  [ -n "$$CUDACXX" ] || unset CUDACXX; $(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 demo: .venv/installed ## From the shipped checkpoint to a verified bundle, on real text.
