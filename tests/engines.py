@@ -1,0 +1,47 @@
+"""What the tests of TensorRT engines share. TensorRT-RTX builds them on any machine; running one needs a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mra_export import libraries, tensorrt_api
+from mra_export.bundle import Bundle, file_entry
+
+needs_rtx = pytest.mark.skipif(
+    not tensorrt_api.installed("tensorrt-rtx"),
+    reason="tensorrt-rtx is not installed: " + tensorrt_api.FLAVOURS["tensorrt-rtx"].install,
+)
+SMALLEST = {"min_shapes": ("input_ids:1x1",), "opt_shapes": ("input_ids:1x32",), "max_shapes": ("input_ids:2x64",)}
+
+
+def need_plugin() -> Path:
+    """The built plugin library. A machine that can build it must have it."""
+    if libraries.find("trt_plugin") is None and shutil.which("nvcc") is None:
+        pytest.skip("libmra_trt.so is not built: there is no nvcc")
+    return libraries.require("trt_plugin")
+
+
+def copy(folder: Path, target: Path) -> Bundle:
+    shutil.copytree(folder, target)
+    return Bundle.load(target)
+
+
+def rewrite(folder: Path, *added: str, **fields: Any) -> Bundle:
+    """Give the manifest the files' real hashes, as a forger would, and other fields; files that are gone are taken out."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {
+        name: file_entry(folder / name).model_dump() for name in (*manifest["files"], *added) if (folder / name).exists()
+    }
+    path.write_text(json.dumps({**manifest, **fields}))
+    return Bundle.load(folder)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """Every file and folder with its content's hash."""
+    return {str(path.relative_to(folder)): file_entry(path) if path.is_file() else None for path in sorted(folder.rglob("*"))}
