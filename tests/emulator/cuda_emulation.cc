@@ -13,10 +13,6 @@
 #include <utility>
 #include <vector>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
-#endif
-
 namespace mra_emulation {
 
 Thread* current = nullptr;
@@ -35,7 +31,6 @@ constexpr int kFaultExit = 97;
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Switching between stacks.
 
-#if defined(__x86_64__) || defined(__aarch64__)
 typedef void* Context;  // the stack pointer, below the saved registers
 
 extern "C" void mra_emulation_switch(Context* save, Context load);
@@ -62,8 +57,8 @@ mra_emulation_switch:
   popq %rbp
   ret
 )");
-constexpr int kSavedWords = 6, kReturnWord = 6, kFrameWords = 8;  // the 8th word keeps the stack aligned at the function's entry
-#else
+constexpr int kReturnWord = 6, kFrameWords = 8;  // the 8th word keeps the stack aligned at the function's entry
+#elif defined(__aarch64__)
 asm(R"(
 .text
 .globl mra_emulation_switch
@@ -98,6 +93,8 @@ mra_emulation_switch:
   ret
 )");
 constexpr int kReturnWord = 11, kFrameWords = 20;
+#else
+#error "the emulation switches stacks on x86-64 and aarch64 only"
 #endif
 
 void SwitchContext(Context* save, Context* load) { mra_emulation_switch(save, *load); }
@@ -108,19 +105,6 @@ void PrepareContext(Context* context, unsigned char* stack, void (*entry)()) {
   frame[kReturnWord] = reinterpret_cast<void*>(entry);
   *context = frame;
 }
-#else
-typedef ucontext_t Context;
-
-void SwitchContext(Context* save, Context* load) { swapcontext(save, load); }
-
-void PrepareContext(Context* context, unsigned char* stack, void (*entry)()) {
-  getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = kStackBytes;
-  context->uc_link = nullptr;
-  makecontext(context, entry, 0);
-}
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Scheduling.

@@ -115,6 +115,17 @@ def test_more_than_128_blocks(mode, first, diagonal):
     check_values(arrays, attributes)
 
 
+def test_longest():
+    """N = 16384, too long for the dense formula: compared with the CPU kernel."""
+    if not kernel.available():
+        pytest.skip("libmra_attention is not built")
+    attributes = Attributes(1, 1100, 0.35, "full", 1, 1)
+    case = oracles.make_case(attributes, 1, 16384, 8, "holes", spread=0.2, seed=6)
+    check_selection(case.arrays, attributes)
+    context = emulated.attention(*case.arrays, attributes)
+    np.testing.assert_allclose(context, kernel.attention(*case.arrays, attributes), atol=2e-5)
+
+
 @pytest.mark.parametrize("padding_invariant", [False, True])
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_split_rows(dtype, padding_invariant):
