@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 PASS, FAIL, SKIP = "pass", "fail", "skip"
+_CHUNK = 1 << 22
+"""Elements widened to float64 at a time: the logits of a large vocabulary are gigabytes as float64."""
 
 
 @dataclass(frozen=True)
@@ -69,37 +71,46 @@ def measure(actual: npt.ArrayLike, expected: npt.ArrayLike, keep: npt.NDArray[np
     keep: bool, its shape the leading axes of the arrays': only these positions count (real tokens). NaN and Inf are counted
     everywhere, also at positions that are not kept. Raises ValueError where the shapes differ or nothing is kept.
     """
-    a = np.asarray(actual).astype(np.float64)
-    b = np.asarray(expected).astype(np.float64)
+    a, b = np.asarray(actual), np.asarray(expected)
     if a.shape != b.shape:
         raise ValueError(f"shape {a.shape}, expected {b.shape}")
     if keep is None:
         keep = np.ones(b.shape[: max(b.ndim - 1, 1)], dtype=bool)
     if keep.shape != b.shape[: keep.ndim]:
         raise ValueError(f"keep has shape {keep.shape}: it must be the leading axes of {b.shape}")
-    nan = int(np.isnan(a).sum() + np.isnan(b).sum())
-    inf = int(np.isinf(a).sum() + np.isinf(b).sum())
     x, y = a[keep].reshape(-1), b[keep].reshape(-1)
     if not x.size:
         raise ValueError("nothing to compare: no position is kept")
+    nan, inf = (sum(int(np.count_nonzero(test(array))) for array in (a, b)) for test in (np.isnan, np.isinf))
     if nan or inf:
         worst = float("inf")
         return Difference(x.size, nan, inf, worst, worst, worst, worst, float("nan"), 0.0, worst)
-    error = np.abs(x - y)
-    size = np.abs(y)
-    relative = error[size > 0] / size[size > 0] if (size > 0).any() else np.zeros(1)
-    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+    errors, relatives = np.empty(x.size, np.float32), np.empty(x.size, np.float32)
+    max_abs = max_rel = smallest = product = x_square = y_square = 0.0
+    for start in range(0, x.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        x_part, y_part = x[part].astype(np.float64), y[part].astype(np.float64)
+        error, size = np.abs(x_part - y_part), np.abs(y_part)
+        relative = np.divide(error, size, out=np.zeros_like(error), where=size > 0)
+        max_abs, max_rel = max(max_abs, float(error.max())), max(max_rel, float(relative.max()))
+        smallest = max(smallest, float((error / (1.0 + size)).max()))
+        product, x_square, y_square = (
+            total + float(left @ right)
+            for total, left, right in ((product, x_part, y_part), (x_square, x_part, x_part), (y_square, y_part, y_part))
+        )
+        errors[part], relatives[part] = error, relative
+    norms = (x_square * y_square) ** 0.5
     return Difference(
         elements=x.size,
         nan=0,
         inf=0,
-        max_abs=float(error.max()),
-        p999_abs=float(np.percentile(error, 99.9)),
-        max_rel=float(relative.max()),
-        p999_rel=float(np.percentile(relative, 99.9)),
-        cosine=float(x @ y) / norms if norms else float(not error.any()),
+        max_abs=max_abs,
+        p999_abs=_percentile_999(errors),
+        max_rel=max_rel,
+        p999_rel=_percentile_999(relatives),
+        cosine=product / norms if norms else float(max_abs == 0),
         argmax_agreement=_argmax_agreement(a, b, keep),
-        smallest_tolerance=float((error / (1.0 + size)).max()),
+        smallest_tolerance=smallest,
     )
 
 
@@ -137,13 +148,19 @@ def passed(rows: Sequence[Row]) -> bool:
     return all(row.status != FAIL for row in rows) and any(row.status == PASS for row in rows)
 
 
-def _argmax_agreement(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], keep: npt.NDArray[np.bool_]) -> float:
+def _percentile_999(values: npt.NDArray[np.float32]) -> float:
+    """The value that 99.9 % are not above. Reorders the array."""
+    index = int(np.ceil(0.999 * values.size)) - 1
+    values.partition(index)
+    return float(values[index])
+
+
+def _argmax_agreement(a: npt.NDArray[Any], b: npt.NDArray[Any], keep: npt.NDArray[np.bool_]) -> float:
+    rows = keep
     if keep.ndim == a.ndim:  # the last axis is the sequence (answer spans): other positions cannot win
         a, b = np.where(keep, a, -np.inf), np.where(keep, b, -np.inf)
         rows = np.asarray(keep.any(axis=-1))
-    else:
-        rows = keep
-    return float(np.mean(a[rows].argmax(axis=-1) == b[rows].argmax(axis=-1)))
+    return float(np.mean((a.argmax(axis=-1) == b.argmax(axis=-1))[rows]))
 
 
 def _json_number(value: Any) -> Any:

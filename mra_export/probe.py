@@ -97,7 +97,13 @@ class DebugGraph:
                     if name not in present:
                         proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
                         present.add(name)
-        self.serialized: bytes = proto.SerializeToString()
+        self._proto: onnx.ModelProto | None = proto
+
+    def take(self) -> bytes:
+        """The graph, serialised; once: it is as large as the model."""
+        assert self._proto is not None
+        proto, self._proto = self._proto, None
+        return bytes(proto.SerializeToString())
 
     def layers(self, outputs: Mapping[str, npt.NDArray[Any]]) -> list[Layer]:
         """Pick the layers out of this graph's outputs."""

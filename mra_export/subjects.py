@@ -26,9 +26,10 @@ from mra_export.runtime import MraRuntime
 
 Arrays = dict[str, npt.NDArray[Any]]
 Float32 = npt.NDArray[np.float32]
-NAMES = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference")
+NAMES = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference", "tensorrt")
 """torch: the compiled operator. torch-reference: attention in plain torch, in the bundle's dtype. onnxruntime: with the op library.
-onnxruntime-function: without it, the graph's own function body. onnx-reference: onnx's ReferenceEvaluator, short inputs only."""
+onnxruntime-function: without it, the graph's own function body. onnx-reference: onnx's ReferenceEvaluator, short inputs only.
+tensorrt: the bundle's engine, which does not show what its layers are given."""
 
 _FUNCTION_BODY_LIMIT = 2 << 30
 """Bytes of N x N intermediates that the function body may take here before a case is left out."""
@@ -37,7 +38,9 @@ _REFERENCE_TOKENS, _REFERENCE_MODEL = 256, 200 << 20
 
 
 class Subject(ABC):
-    """One runtime under test."""
+    """One runtime under test. opaque: it does not show its layers, so `observe` gives none and `operator` is not to be called."""
+
+    opaque = False
 
     def __init__(self, name: str, bundle: Bundle) -> None:
         self.name = name
@@ -63,13 +66,15 @@ class Subject(ABC):
 
 
 def open_subject(name: str, bundle: Bundle) -> Subject:
-    """Raises BackendError where this runtime cannot run the bundle here, PluginLoadError where a library does not load."""
+    """Raises BackendError or EngineError where this runtime cannot run the bundle here, PluginLoadError for a library."""
     if name in ("torch", "torch-reference"):
         return _Torch(name, bundle)
     if name in ("onnxruntime", "onnxruntime-function"):
         return _OnnxRuntime(name, bundle)
     if name == "onnx-reference":
         return _OnnxReference(name, bundle)
+    if name == "tensorrt":
+        return _TensorRt(name, bundle)
     raise BackendError(f"backend is {name!r}: use one of {', '.join(NAMES)}")
 
 
@@ -113,7 +118,7 @@ class _OnnxRuntime(Subject):
         self._library = bundle.file(OP_LIBRARY) if name == "onnxruntime" and OP_LIBRARY in bundle.manifest.files else None
         self.runtime = MraRuntime.load(bundle, "onnxruntime", use_op_library=name == "onnxruntime")
         self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=self._library is None)
-        self._debug = OnnxRuntimeBackend(self._graph.serialized, dtype=bundle.manifest.dtype, library=self._library)
+        self._debug = OnnxRuntimeBackend(self._graph.take(), dtype=bundle.manifest.dtype, library=self._library)
 
     def run(self, inputs: Inputs) -> Arrays:
         assert self.runtime is not None
@@ -154,7 +159,7 @@ class _OnnxReference(Subject):
                 f"the graph has {size >> 20} MB: onnx's ReferenceEvaluator is plain numpy, verify gives it up to {limit} MB"
             )
         self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=True)
-        self._evaluator = ReferenceEvaluator(onnx.load_from_string(self._graph.serialized))
+        self._evaluator = ReferenceEvaluator(onnx.load_from_string(self._graph.take()))
 
     def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
         with np.errstate(all="ignore"):
@@ -175,6 +180,30 @@ class _OnnxReference(Subject):
         if rows * length <= _REFERENCE_TOKENS:
             return None
         return f"onnx's ReferenceEvaluator is plain numpy: verify gives it up to {_REFERENCE_TOKENS} tokens"
+
+
+class _TensorRt(Subject):
+    opaque = True
+
+    def __init__(self, name: str, bundle: Bundle) -> None:
+        super().__init__(name, bundle)
+        self.runtime = MraRuntime.load(bundle, "tensorrt")
+
+    def run(self, inputs: Inputs) -> Arrays:
+        assert self.runtime is not None
+        return self.runtime.run(**inputs)
+
+    def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
+        return self.run(inputs), []
+
+    def operator(
+        self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
+    ) -> Float32:
+        raise NotImplementedError("an engine is one piece")
+
+    def cannot_run(self, case: Case) -> str | None:
+        assert self.runtime is not None
+        return self.runtime.refuses(case.inputs["input_ids"].shape)
 
 
 def operator_model(attributes: Attributes, hidden: int, dtype: str, opset: int) -> onnx.ModelProto:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from mra_export.backends.pytorch import TorchBackend
 from mra_export.bundle import Bundle
 from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
-from mra_export.contract import DTYPES, TOLERANCES
+from mra_export.contract import DTYPES, TOLERANCES, Attributes
 from mra_export.errors import BackendError, ContractError
 from mra_export.parity import FAIL, PASS, SKIP, Row, judge
 from mra_export.probe import Layer, TorchProbe
@@ -60,8 +61,7 @@ def verify(
     started = time.monotonic()
     dtype = bundle.manifest.dtype
     progress(f"loading {bundle.path} in PyTorch, float32, as the reference")
-    reference = _Reference(bundle)
-    cases = sweep(bundle, seeds, quick) + ([] if quick else text_cases(bundle))
+    plan = _Plan(bundle, seeds, quick)
     rows: list[Row] = []
     for name in backends or NAMES:
         if name == "torch-reference" and dtype == "fp32" and not backends:
@@ -75,7 +75,7 @@ def verify(
                 raise
             rows.append(Row("outputs", name, dtype, "all", "", SKIP, str(error)))
             continue
-        rows += _check(subject, reference, cases, progress)
+        rows += _check(subject, plan, progress)
         del subject
     return Report(bundle, rows, time.monotonic() - started)
 
@@ -96,20 +96,30 @@ class _Reference:
         return {name: value.numpy() for name, value in outputs.items()}, probe.layers
 
 
-def _check(subject: Subject, reference: _Reference, cases: Iterable[Case], progress: Progress) -> Iterator[Row]:
+class _Plan:
+    """What every runtime is put through, and what PyTorch says to it."""
+
+    def __init__(self, bundle: Bundle, seeds: int, quick: bool) -> None:
+        self.reference = _Reference(bundle)
+        self.cases = sweep(bundle, seeds, quick) + ([] if quick else text_cases(bundle))
+        self.operator_cases = list(_operator_cases(bundle, self.reference))
+        self.canaries = list(_canaries(bundle, self.reference))
+
+
+def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
     if subject.runtime is not None:
         progress(f"{subject.name}: golden outputs")
         yield from (dataclasses.replace(row, backend=subject.name) for row in subject.runtime.compare_golden())
-    for case in cases:
+    for case in plan.cases:
         progress(f"{subject.name}: {case.name}")
         too_much = subject.cannot_run(case)
         if too_much:
             yield Row("outputs", subject.name, subject.bundle.manifest.dtype, case.name, "", SKIP, too_much)
         else:
-            yield from _outputs_and_selection(subject, reference, case)
+            yield from _outputs_and_selection(subject, plan.reference, case)
     progress(f"{subject.name}: operator, canary, padding")
-    yield from _operator(subject, reference)
-    yield from _canary(subject, reference)
+    yield from (_operator(subject, operator_case) for operator_case in plan.operator_cases)
+    yield from (_canary(subject, canary) for canary in plan.canaries)
     if subject.bundle.manifest.padding_invariant:
         yield from _padding(subject)
 
@@ -170,21 +180,40 @@ def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) ->
     return Row("selection", subject.name, dtype, case.name, "", status, reason, limit, None, detail)
 
 
-def _operator(subject: Subject, reference: _Reference) -> Iterator[Row]:
-    dtype = subject.bundle.manifest.dtype
-    longest = subject.bundle.manifest.model.max_position_embeddings
-    case = random_case(subject.bundle, 2, min(longest * 2 // 3, _OPERATOR_LENGTH), seed=0)
+@dataclass(frozen=True)
+class _OperatorCase:
+    """One layer's real inputs in the bundle's dtype, widened to float32, and the formula's answer in float64."""
+
+    name: str
+    attributes: Attributes
+    query: npt.NDArray[np.float32]
+    key: npt.NDArray[np.float32]
+    value: npt.NDArray[np.float32]
+    mask: npt.NDArray[np.bool_]
+    expected: npt.NDArray[np.float64]
+
+
+def _operator_cases(bundle: Bundle, reference: _Reference) -> Iterator[_OperatorCase]:
+    """The first and the last layer."""
+    case = random_case(bundle, 2, min(bundle.manifest.model.max_position_embeddings * 2 // 3, _OPERATOR_LENGTH), seed=0)
     _, layers = reference.run(case.inputs)
     for index in sorted({0, len(layers) - 1}) if layers else []:
         layer = layers[index]
         assert layer.value is not None
-        query, key, value = (_rounded(tensor, dtype) for tensor in (layer.query, layer.key, layer.value))
+        query, key, value = (_rounded(tensor, bundle.manifest.dtype) for tensor in (layer.query, layer.key, layer.value))
         budget, gap = clear_budget(block_scores(query, key, layer.mask, reference.attributes), reference.attributes.num_blocks)
         attributes = dataclasses.replace(reference.attributes, num_blocks=budget)
         name = f"layer {index}, {case.name}, K = {budget}, gap {gap:.0e}"
         expected = dense_attention(query, key, value, layer.mask, attributes)
-        actual = subject.operator(attributes, query, key, value, layer.mask)
-        yield judge("operator", subject.name, dtype, name, "context", actual, expected, TOLERANCES[dtype].operator, keep=layer.mask)
+        yield _OperatorCase(name, attributes, query, key, value, layer.mask, expected)
+
+
+def _operator(subject: Subject, case: _OperatorCase) -> Row:
+    dtype = subject.bundle.manifest.dtype
+    actual = subject.operator(case.attributes, case.query, case.key, case.value, case.mask)
+    return judge(
+        "operator", subject.name, dtype, case.name, "context", actual, case.expected, TOLERANCES[dtype].operator, keep=case.mask
+    )
 
 
 def _rounded(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
@@ -196,34 +225,48 @@ def _rounded(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float
     return array.astype(ml_dtypes.bfloat16 if dtype == "bf16" else np.dtype(DTYPES[dtype])).astype(np.float32)
 
 
-def _canary(subject: Subject, reference: _Reference) -> Iterator[Row]:
+@dataclass(frozen=True)
+class _Canary:
+    """Two inputs that differ where the output is not read, and how much the reference's output changes, at most."""
+
+    output: str
+    per_token: bool
+    before: Inputs
+    after: Inputs
+    effect: float
+
+    def measure(self, run: Callable[[Inputs], Arrays]) -> float:
+        before, after = (np.asarray(run(inputs)[self.output]).astype(np.float64) for inputs in (self.before, self.after))
+        difference = np.abs(after - before)
+        return float((difference[:, 1:] if self.per_token else difference).max())
+
+
+def _canaries(bundle: Bundle, reference: _Reference) -> Iterator[_Canary]:
     """For outputs per token: change token 0, look at the others. For outputs per text, read at token 0: change the others."""
-    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
     model = bundle.manifest.model
     case = random_case(bundle, 1, min(model.max_position_embeddings, 64), seed=0, ragged=False)
-    ids = case.inputs["input_ids"]
     for tensor in bundle.manifest.outputs:
         per_token = real_positions(bundle, tensor.name, case.inputs) is not None
-        changed = ids.copy()
+        ids = case.inputs["input_ids"].copy()
         part = (..., slice(0, 1)) if per_token else (..., slice(1, None))
-        changed[part] = (changed[part] + model.vocab_size // 2) % model.vocab_size
-        effects = []
-        for run in (lambda inputs: reference.run(inputs)[0], subject.run):
-            before, after = (
-                np.asarray(run(inputs)[tensor.name]) for inputs in (case.inputs, {**case.inputs, "input_ids": changed})
-            )
-            difference = np.abs(after.astype(np.float64) - before.astype(np.float64))
-            effects.append(float((difference[:, 1:] if per_token else difference).max()))
-        wanted, found = effects
-        what = "changing token 0 changes the others" if per_token else "changing the other tokens changes what is read at token 0"
-        detail = {"effect": found, "reference_effect": wanted}
-        if wanted == 0:
-            yield Row("canary", subject.name, dtype, what, tensor.name, SKIP, "the model itself does not change", detail=detail)
-        elif found >= _CANARY_SHARE * wanted:
-            yield Row("canary", subject.name, dtype, what, tensor.name, PASS, "", detail=detail)
-        else:
-            reason = f"it changes them by {found:.1e}, PyTorch by {wanted:.1e}: this graph ignores attention"
-            yield Row("canary", subject.name, dtype, what, tensor.name, FAIL, reason, detail=detail)
+        ids[part] = (ids[part] + model.vocab_size // 2) % model.vocab_size
+        canary = _Canary(tensor.name, per_token, case.inputs, {**case.inputs, "input_ids": ids}, 0.0)
+        yield dataclasses.replace(canary, effect=canary.measure(lambda inputs: reference.run(inputs)[0]))
+
+
+def _canary(subject: Subject, canary: _Canary) -> Row:
+    dtype, wanted = subject.bundle.manifest.dtype, canary.effect
+    what = (
+        "changing token 0 changes the others" if canary.per_token else "changing the other tokens changes what is read at token 0"
+    )
+    if wanted == 0:
+        return Row("canary", subject.name, dtype, what, canary.output, SKIP, "the model itself does not change")
+    found = canary.measure(subject.run)
+    detail = {"effect": found, "reference_effect": wanted}
+    if found >= _CANARY_SHARE * wanted:
+        return Row("canary", subject.name, dtype, what, canary.output, PASS, "", detail=detail)
+    reason = f"it changes them by {found:.1e}, PyTorch by {wanted:.1e}: this graph ignores attention"
+    return Row("canary", subject.name, dtype, what, canary.output, FAIL, reason, detail=detail)
 
 
 def _padding(subject: Subject) -> Iterator[Row]:
