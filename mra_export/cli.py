@@ -28,7 +28,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 INTERRUPTED = 130
 _PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or pipe."""
-_VERIFY_BACKENDS = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference")
+_VERIFY_BACKENDS = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference", "tensorrt")
 _PRESETS = ("base-512-4", "base-4096-8-d3", "tiny")
 _TASKS = (
     "auto",

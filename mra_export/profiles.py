@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mra_export.bundle import Bundle
-from mra_export.errors import ContractError, EngineError
+from mra_export.errors import ContractError
 from mra_export.plan import Profile
 
 Shape = tuple[int, ...]
@@ -56,7 +56,7 @@ def make_profiles(
 def pick(profiles: Sequence[Profile], shape: Shape) -> tuple[int, Shape]:
     """The profile for a call of this shape, and the shape to run: the same, or padded up to the profile's minimum.
 
-    Of several that take it, the one with the least padding, then the one whose best shape is nearest. Raises EngineError naming
+    Of several that take it, the one with the least padding, then the one whose best shape is nearest. Raises ContractError naming
     all profiles where none takes it.
     """
     best: tuple[int, int, int, Shape] | None = None
@@ -68,7 +68,7 @@ def pick(profiles: Sequence[Profile], shape: Shape) -> tuple[int, Shape]:
         candidate = (_volume(padded), abs(_volume(optimum) - _volume(shape)), index, padded)
         best = candidate if best is None else min(best, candidate)
     if best is None:
-        raise EngineError(
+        raise ContractError(
             f"input_ids has shape {text(shape)}, the engine takes {describe(profiles)}: "
             "change the batch or the length, or build an engine with --max-shapes"
         )

@@ -19,7 +19,7 @@ from mra_export.parity import FAIL, PASS, SKIP, Row, passed
 if TYPE_CHECKING:
     from rich.console import Group
 
-_CHECKS = ("golden", "outputs", "selection", "operator", "canary", "padding")
+_CHECKS = ("golden", "outputs", "selection", "operator", "canary", "padding", "polygraphy")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,18 @@ def write_atomically(path: Path, text: str) -> None:
 def versions() -> dict[str, str]:
     """Installed versions of what takes part."""
     found = {"python": platform.python_version()}
-    for name in ("mra-export", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "transformers", "numpy"):
+    for name in (
+        "mra-export",
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tensorrt",
+        "tensorrt-rtx-cu13",
+        "polygraphy",
+        "transformers",
+        "numpy",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -9,6 +9,9 @@ operator   one layer's real queries, keys and values through the operator alone,
            every runtime must choose the same blocks
 canary     changing one token changes the answer elsewhere: a graph that ignores attention would pass everything else
 padding    padding-invariant bundles: a text alone and in a batch gives the same
+polygraphy the runtimes that share the graph (ONNX Runtime, TensorRT) with each other, by Polygraphy's comparator
+
+A TensorRT engine does not show its layers: its outputs are compared with the reference's own choice of blocks.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mra_export import polygraphy_compare
 from mra_export.backends.pytorch import TorchBackend
 from mra_export.bundle import Bundle
 from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
 from mra_export.contract import DTYPES, TOLERANCES, Attributes
-from mra_export.errors import BackendError, ContractError
+from mra_export.errors import BackendError, ContractError, EngineError
 from mra_export.parity import FAIL, PASS, SKIP, Row, judge
 from mra_export.probe import Layer, TorchProbe
 from mra_export.report import Report
@@ -63,20 +67,30 @@ def verify(
     progress(f"loading {bundle.path} in PyTorch, float32, as the reference")
     plan = _Plan(bundle, seeds, quick)
     rows: list[Row] = []
+    shared: list[str] = []  # runtimes that Polygraphy compares with each other
+    golden = bundle.golden()[0]
     for name in backends or NAMES:
+        if name == "tensorrt" and not backends and not bundle.manifest.engines:
+            continue
         if name == "torch-reference" and dtype == "fp32" and not backends:
             rows.append(Row("outputs", name, dtype, "all", "", SKIP, "this is the reference itself"))
             continue
         progress(f"{name}: loading")
         try:
             subject = open_subject(name, bundle)
-        except BackendError as error:
+        except (BackendError, EngineError) as error:
             if backends:
                 raise
             rows.append(Row("outputs", name, dtype, "all", "", SKIP, str(error)))
             continue
         rows += _check(subject, plan, progress)
+        if name in polygraphy_compare.OPTIONS:
+            shared.append(name)
+            golden = [batch for batch in golden if subject.cannot_run(Case("golden", batch)) is None]
         del subject
+    if len(shared) > 1 and golden and not quick:
+        progress(f"polygraphy: {', '.join(shared)} with each other")
+        rows += polygraphy_compare.compare(bundle, shared, golden)
     return Report(bundle, rows, time.monotonic() - started)
 
 
@@ -118,7 +132,8 @@ def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
         else:
             yield from _outputs_and_selection(subject, plan.reference, case)
     progress(f"{subject.name}: operator, canary, padding")
-    yield from (_operator(subject, operator_case) for operator_case in plan.operator_cases)
+    if not subject.opaque:
+        yield from (_operator(subject, operator_case) for operator_case in plan.operator_cases)
     yield from (_canary(subject, canary) for canary in plan.canaries)
     if subject.bundle.manifest.padding_invariant:
         yield from _padding(subject)
@@ -130,7 +145,11 @@ def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) 
     attributes = reference.attributes
     actual, layers = subject.observe(case.inputs)
     differing = 0
-    if len(layers) == bundle.manifest.model.num_hidden_layers:
+    allowed = tolerance.model
+    if subject.opaque:
+        allowed = tolerance.model_free
+        expected, _ = reference.run(case.inputs)
+    elif len(layers) == bundle.manifest.model.num_hidden_layers:
         expected, expected_layers = reference.run(case.inputs, forced=[layer.choice for layer in layers])
         overlaps = [
             overlap(block_scores(own.query, own.key, own.mask, attributes), attributes.num_blocks, layer.choice)
@@ -148,9 +167,7 @@ def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) 
             yield Row("outputs", subject.name, dtype, case.name, name, FAIL, "this output is missing")
             continue
         keep = real_positions(bundle, name, case.inputs)
-        yield judge(
-            "outputs", subject.name, dtype, case.name, name, actual[name], expected[name], tolerance.model, keep=keep, note=note
-        )
+        yield judge("outputs", subject.name, dtype, case.name, name, actual[name], expected[name], allowed, keep=keep, note=note)
 
 
 def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) -> Row:
@@ -261,6 +278,9 @@ def _canary(subject: Subject, canary: _Canary) -> Row:
     )
     if wanted == 0:
         return Row("canary", subject.name, dtype, what, canary.output, SKIP, "the model itself does not change")
+    too_much = subject.cannot_run(Case("canary", canary.before))
+    if too_much:
+        return Row("canary", subject.name, dtype, what, canary.output, SKIP, too_much)
     found = canary.measure(subject.run)
     detail = {"effect": found, "reference_effect": wanted}
     if found >= _CANARY_SHARE * wanted:
@@ -275,6 +295,10 @@ def _padding(subject: Subject) -> Iterator[Row]:
     row = {name: value[1:2] for name, value in batch.inputs.items()}
     length = int(row["attention_mask"].reshape(-1, row["attention_mask"].shape[-1])[0].sum())  # row 1 is padded at its end
     alone = {name: value[..., :length] for name, value in row.items()}
+    too_much = subject.cannot_run(batch) or subject.cannot_run(Case("alone", alone))
+    if too_much:
+        yield Row("padding", subject.name, dtype, batch.name, "", SKIP, too_much)
+        return
     together, single = subject.run(batch.inputs), subject.run(alone)
     for tensor in bundle.manifest.outputs:
         keep = real_positions(bundle, tensor.name, alone)

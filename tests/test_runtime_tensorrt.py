@@ -248,10 +248,10 @@ def test_the_profile_with_the_least_padding_and_then_the_nearest_best_shape() ->
     assert pick(profiles, (1, 20)) == (0, (1, 64))
     assert pick(profiles, (64, 64)) == (1, (64, 64))
     with pytest.raises(
-        EngineError, match=r"shape 65x1, the engine takes 1x64 to 8x512 \(best 1x128\) or 8x1 to 64x128 .*--max-shapes"
+        ContractError, match=r"shape 65x1, the engine takes 1x64 to 8x512 \(best 1x128\) or 8x1 to 64x128 .*--max-shapes"
     ):
         pick(profiles, (65, 1))
-    with pytest.raises(EngineError, match="shape 9x129"):
+    with pytest.raises(ContractError, match="shape 9x129"):
         pick(profiles, (9, 129))
 
 
@@ -271,7 +271,7 @@ def test_what_is_picked_fits_and_nothing_with_less_padding_does(bounds, shape) -
         if all(a <= b for a, b in zip(padded, high, strict=True)):
             padded_shapes[index] = padded
     if not padded_shapes:
-        with pytest.raises(EngineError):
+        with pytest.raises(ContractError):
             pick(profiles, shape)
         return
     index, padded = pick(profiles, shape)

@@ -22,8 +22,12 @@ class Backend(Protocol):
 
 @runtime_checkable
 class CudaBackend(Backend, Protocol):
-    """A backend that also takes torch CUDA tensors as they are."""
+    """A backend that also takes torch CUDA tensors as they are, and not every shape."""
 
     def run_cuda(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The graph's inputs as int64 CUDA tensors, checked -> its outputs as CUDA tensors, on torch's current stream."""
+        ...
+
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """Why inputs of this shape are not taken, or None."""
         ...

@@ -16,7 +16,7 @@ from mra_export import gpu, profiles, tensorrt_api
 from mra_export.bundle import Bundle
 from mra_export.contract import DTYPES
 from mra_export.engine_checks import choose_engine, rebuild, verify_hash
-from mra_export.errors import BackendError, EngineError
+from mra_export.errors import BackendError, ContractError, EngineError
 from mra_export.profiles import Shape
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,13 @@ class TensorRtBackend:
             outputs = self._enqueue(slot, dict(inputs))
             slot.done.record(stream)
         return outputs
+
+    def refuses(self, shape: Shape) -> str | None:
+        try:
+            profiles.pick(self.entry.profiles, shape)
+        except ContractError as error:
+            return str(error)
+        return None
 
     def _enqueue(self, slot: _Slot, tensors: dict[str, Any]) -> dict[str, Any]:
         """Put one call on torch's current stream. Outputs have the shape the caller asked for, padding cut off."""
