@@ -16,13 +16,12 @@
 namespace mra_emulation {
 
 Thread* current = nullptr;
-dim3 block_index = {0, 0, 0};
-unsigned char* shared_memory = nullptr;
 
 namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kResident = 2;                // CTAs that run at the same time, if the order is drawn from a seed
 constexpr size_t kSharedLimit = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 allow a CTA
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 1 << 20;
@@ -116,9 +115,32 @@ struct Fiber : Thread {
   State state;
   const char* file;
   int line;
+  struct Slot* slot;
   WarpFunction function;
   uint32_t mask, value, result;
   int source;
+};
+
+// A buffer between inaccessible pages. Reads and writes outside it fault.
+struct Guarded {
+  unsigned char* mapping;
+  size_t mapping_bytes;
+  unsigned char* data;
+  size_t bytes;
+  std::string name;
+};
+
+// What one CTA runs in.
+struct Slot {
+  Fiber fibers[kMaxThreads];
+  unsigned char* stacks = nullptr;
+  Guarded shared;             // kSharedLimit bytes; a CTA's share ends where it ends, up to the 16 bytes its start is aligned to
+  uint32_t ready[kMaxWarps];  // bit n of a warp: its lane n can run
+  int warp_order[kMaxWarps];  // which warp runs first
+  bool strict_order = true;   // a warp runs as long as it can before the next one does; else any warp may
+  int at_barrier = 0;
+  int running = 0;  // threads that have not returned
+  int64_t block = -1;
 };
 
 struct Launched {
@@ -131,14 +153,14 @@ struct Machine {
   std::mutex mutex;  // one launch at a time
   uint64_t seed = 0;
   uint64_t random = 1;
-  unsigned char* stacks = nullptr;
-  Fiber fibers[kMaxThreads];
+  Slot slots[kResident];
+  int resident = 0;            // slots in use
+  int turn = 0;                // the slot that runs
+  uint64_t switch_period = 1;  // about how many picks a slot keeps its turn for
   int threads = 0;
-  uint32_t ready[kMaxWarps];  // bit n of a warp: its lane n can run
   int warps = 0;
-  int warp_order[kMaxWarps];  // which warp runs first, in this CTA
-  bool strict_order = true;   // a warp runs as long as it can before the next one does; else any warp may
-  int at_barrier = 0;
+  size_t shared_bytes = 0;
+  std::vector<int64_t> pending;  // CTAs still to be started, last one first
   Context main;
   void (*entry)(const void*) = nullptr;
   const void* argument = nullptr;
@@ -157,18 +179,33 @@ uint64_t NextRandom() {  // xorshift64
 
 Fiber* Self() { return static_cast<Fiber*>(current); }
 
-// The fiber to run next, no longer marked ready; null if all wait or are done.
-Fiber* TakeReady() {
-  const int start = machine.strict_order ? 0 : static_cast<int>(NextRandom() % static_cast<unsigned>(machine.warps));
+void Wake(Fiber* fiber) {
+  fiber->state = State::kReady;
+  fiber->slot->ready[fiber->index.x / 32] |= 1u << (fiber->index.x % 32);
+}
+
+// A ready fiber of this CTA, no longer marked so; null if all wait or are done.
+Fiber* TakeReady(Slot* slot) {
+  const int start = slot->strict_order ? 0 : static_cast<int>(NextRandom() % static_cast<unsigned>(machine.warps));
   for (int n = 0; n < machine.warps; ++n) {
-    const int warp = machine.warp_order[(start + n) % machine.warps];
-    const uint32_t ready = machine.ready[warp];
+    const int warp = slot->warp_order[(start + n) % machine.warps];
+    const uint32_t ready = slot->ready[warp];
     if (ready == 0) continue;
     const int turn = machine.seed != 0 ? static_cast<int>(NextRandom() % 32) : 0;
     const uint32_t from_turn = ready >> turn << turn;
     const int lane = __builtin_ctz(from_turn != 0 ? from_turn : ready);
-    machine.ready[warp] &= ~(1u << lane);
-    return &machine.fibers[32 * warp + lane];
+    slot->ready[warp] &= ~(1u << lane);
+    return &slot->fibers[32 * warp + lane];
+  }
+  return nullptr;
+}
+
+Fiber* TakeReady() {
+  if (machine.resident > 1 && NextRandom() % machine.switch_period == 0) machine.turn = (machine.turn + 1) % machine.resident;
+  for (int n = 0; n < machine.resident; ++n) {
+    Fiber* next = TakeReady(&machine.slots[machine.turn]);
+    if (next != nullptr) return next;
+    machine.turn = (machine.turn + 1) % machine.resident;
   }
   return nullptr;
 }
@@ -176,7 +213,7 @@ Fiber* TakeReady() {
 // Runs the next ready fiber, or the launcher if there is none.
 void Leave() {
   Fiber* self = Self();
-  Fiber* next = TakeReady();
+  Fiber* next = self->slot->running == 0 ? nullptr : TakeReady();  // a CTA that is done is replaced by the launcher
   if (next == self) return;
   if (next == nullptr) {
     SwitchContext(&self->context, &machine.main);
@@ -186,23 +223,19 @@ void Leave() {
   SwitchContext(&self->context, &next->context);
 }
 
-void Wake(Fiber* fiber) {
-  fiber->state = State::kReady;
-  machine.ready[fiber->index.x / 32] |= 1u << (fiber->index.x % 32);
-}
-
 void FiberMain() {
   machine.entry(machine.argument);
   Self()->state = State::kDone;
+  --Self()->slot->running;
   Leave();
   abort();  // a finished fiber is never resumed
 }
 
 // Who waits where, for a CTA that can make no progress.
-std::string DescribeWaiters() {
+std::string DescribeWaiters(const Slot& slot) {
   std::map<std::string, std::vector<int>> groups;
   for (int t = 0; t < machine.threads; ++t) {
-    const Fiber& f = machine.fibers[t];
+    const Fiber& f = slot.fibers[t];
     const char* slash = f.file ? strrchr(f.file, '/') : nullptr;
     const std::string place = f.file ? std::string(slash ? slash + 1 : f.file) + ":" + std::to_string(f.line) : "";
     const std::string what = f.state == State::kDone        ? "have exited"
@@ -210,22 +243,13 @@ std::string DescribeWaiters() {
                                                             : "wait in a warp function at " + place;
     groups[what].push_back(t);
   }
-  std::string text = "CTA " + std::to_string(block_index.x) + " is stuck:";
+  std::string text = "CTA " + std::to_string(slot.block) + " is stuck:";
   for (const auto& group : groups) {
     text += " " + std::to_string(group.second.size()) + " threads (first " + std::to_string(group.second.front()) + ") " +
             group.first + ";";
   }
   return text;
 }
-
-// A buffer between inaccessible pages. Reads and writes outside it fault.
-struct Guarded {
-  unsigned char* mapping;
-  size_t mapping_bytes;
-  unsigned char* data;
-  size_t bytes;
-  std::string name;
-};
 
 Guarded MapGuarded(const char* name, size_t bytes, bool at_end) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -248,51 +272,89 @@ std::vector<Guarded>& Buffers() {
   return buffers;
 }
 
-// Shared memory of the CTA ends at the guard page, up to the 16 bytes its start is aligned to.
-Guarded& SharedArena() {
-  static Guarded arena = MapGuarded("shared memory", kSharedLimit, true);
-  return arena;
+// Gives the slot its stacks and its shared memory, once. Each stack has an inaccessible neighbour below.
+void Furnish(Slot* slot) {
+  if (slot->stacks != nullptr) return;
+  void* raw =
+      mmap(nullptr, kMaxThreads * 2 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) abort();
+  slot->stacks = static_cast<unsigned char*>(raw);
+  for (int t = 0; t < kMaxThreads; ++t) mprotect(slot->stacks + t * 2 * kStackBytes, kStackBytes, PROT_NONE);
+  slot->shared = MapGuarded("shared memory", kSharedLimit, true);
 }
 
-bool RunBlock(int64_t block, int threads, size_t shared_bytes) {
-  block_index = {static_cast<unsigned>(block), 0, 0};
-  unsigned char* end = SharedArena().data + kSharedLimit;
-  const size_t rounded = (shared_bytes + 15) / 16 * 16;
-  shared_memory = end - rounded;
-  memset(shared_memory, 0xff, rounded);
+size_t SharedRounded() { return (machine.shared_bytes + 15) / 16 * 16; }
 
-  machine.threads = threads;
-  machine.at_barrier = 0;
+// Puts the next pending CTA into the slot.
+void Start(Slot* slot) {
+  slot->block = machine.pending.back();
+  machine.pending.pop_back();
+  unsigned char* shared = slot->shared.data + kSharedLimit - SharedRounded();
+  memset(shared, 0xff, SharedRounded());
   // Half of the CTAs run one warp as far ahead of the others as barriers let it, which shows barriers that are missing.
-  machine.warps = threads / 32;
-  machine.strict_order = machine.seed == 0 || NextRandom() % 2 == 0;
-  for (int n = 0; n < machine.warps; ++n) machine.warp_order[n] = n;
+  slot->strict_order = machine.seed == 0 || NextRandom() % 2 == 0;
+  for (int n = 0; n < machine.warps; ++n) slot->warp_order[n] = n;
   for (int n = machine.warps - 1; n > 0 && machine.seed != 0; --n) {
-    std::swap(machine.warp_order[n], machine.warp_order[NextRandom() % static_cast<unsigned>(n + 1)]);
+    std::swap(slot->warp_order[n], slot->warp_order[NextRandom() % static_cast<unsigned>(n + 1)]);
   }
-  for (int t = 0; t < threads; ++t) {
-    Fiber& f = machine.fibers[t];
+  slot->at_barrier = 0;
+  slot->running = machine.threads;
+  for (int t = 0; t < machine.threads; ++t) {
+    Fiber& f = slot->fibers[t];
     f.index = {static_cast<unsigned>(t), 0, 0};
+    f.block = {static_cast<unsigned>(slot->block), 0, 0};
+    f.shared_memory = shared;
+    f.slot = slot;
     f.file = nullptr;
-    PrepareContext(&f.context, machine.stacks + t * 2 * kStackBytes + kStackBytes, FiberMain);
+    PrepareContext(&f.context, slot->stacks + t * 2 * kStackBytes + kStackBytes, FiberMain);
     Wake(&f);
   }
-  Fiber* first = TakeReady();
-  current = first;
-  SwitchContext(&machine.main, &first->context);
-  current = nullptr;
+}
 
-  for (int t = 0; t < threads; ++t) {
-    if (machine.fibers[t].state != State::kDone) {
-      machine.error = DescribeWaiters();
+// Whether the CTA that ran in the slot left the bytes after its shared memory alone.
+bool CheckShared(const Slot& slot) {
+  const unsigned char* end = slot.shared.data + kSharedLimit;
+  const unsigned char* limit = end - SharedRounded() + machine.shared_bytes;
+  for (const unsigned char* p = limit; p < end; ++p) {
+    if (*p == 0xff) continue;
+    machine.error = "CTA " + std::to_string(slot.block) + " wrote " + std::to_string(p - limit) + " bytes past its " +
+                    std::to_string(machine.shared_bytes) + " bytes of shared memory";
+    return false;
+  }
+  return true;
+}
+
+// Runs all pending CTAs; false, with machine.error, if one cannot go on.
+bool RunPending() {
+  machine.resident = 0;
+  machine.turn = 0;
+  int busy = 0;
+  while (machine.resident < (machine.seed != 0 ? kResident : 1) && !machine.pending.empty()) {
+    Furnish(&machine.slots[machine.resident]);
+    Start(&machine.slots[machine.resident++]);
+    ++busy;
+  }
+  while (busy > 0) {
+    Fiber* next = TakeReady();
+    if (next == nullptr) {
+      for (int n = 0; n < machine.resident; ++n) {
+        if (machine.slots[n].running != 0) machine.error = DescribeWaiters(machine.slots[n]);
+      }
       return false;
     }
-  }
-  for (const unsigned char* p = shared_memory + shared_bytes; p < end; ++p) {
-    if (*p != 0xff) {
-      machine.error = "CTA " + std::to_string(block) + " wrote " + std::to_string(p - shared_memory - shared_bytes) +
-                      " bytes past its " + std::to_string(shared_bytes) + " bytes of shared memory";
-      return false;
+    current = next;
+    SwitchContext(&machine.main, &next->context);  // comes back when a CTA is done, or none can go on
+    current = nullptr;
+    for (int n = 0; n < machine.resident; ++n) {
+      Slot* slot = &machine.slots[n];
+      if (slot->running != 0 || slot->block < 0) continue;
+      if (!CheckShared(*slot)) return false;
+      slot->block = -1;
+      --busy;
+      if (!machine.pending.empty()) {
+        Start(slot);
+        ++busy;
+      }
     }
   }
   return true;
@@ -307,12 +369,13 @@ void SyncThreads(const char* file, int line) {
   self->state = State::kAtBarrier;
   self->file = file;
   self->line = line;
-  if (++machine.at_barrier == machine.threads) {
+  Slot* slot = self->slot;
+  if (++slot->at_barrier == machine.threads) {
     bool same = true;
-    for (int t = 0; t < machine.threads; ++t) same &= machine.fibers[t].line == line && strcmp(machine.fibers[t].file, file) == 0;
+    for (int t = 0; t < machine.threads; ++t) same &= slot->fibers[t].line == line && strcmp(slot->fibers[t].file, file) == 0;
     if (same) {  // else nobody wakes, and the launch reports who waits where
-      machine.at_barrier = 0;
-      for (int t = 0; t < machine.threads; ++t) Wake(&machine.fibers[t]);
+      slot->at_barrier = 0;
+      for (int t = 0; t < machine.threads; ++t) Wake(&slot->fibers[t]);
     }
   }
   Leave();
@@ -327,7 +390,7 @@ uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int sour
   self->mask = mask;
   self->value = value;
   self->source = source;
-  Fiber* warp = &machine.fibers[self->index.x / 32 * 32];
+  Fiber* warp = &self->slot->fibers[self->index.x / 32 * 32];
   bool complete = mask >> Lane() & 1u;  // a lane outside its own mask waits for ever
   for (int n = 0; n < 32 && complete; ++n) {
     if (!(mask >> n & 1u)) continue;
@@ -368,22 +431,19 @@ cudaError_t Launch(void (*entry)(const void*), const void* argument, int64_t blo
                     std::to_string(shared_bytes) + " bytes of shared memory";
     return cudaErrorInvalidValue;
   }
-  if (machine.stacks == nullptr) {  // each stack has an inaccessible neighbour below
-    void* raw =
-        mmap(nullptr, kMaxThreads * 2 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (raw == MAP_FAILED) abort();
-    machine.stacks = static_cast<unsigned char*>(raw);
-    for (int t = 0; t < kMaxThreads; ++t) mprotect(machine.stacks + t * 2 * kStackBytes, kStackBytes, PROT_NONE);
-  }
   machine.random = machine.seed * 0x9e3779b97f4a7c15u + 1;
   machine.entry = entry;
   machine.argument = argument;
-  std::vector<int64_t> order(static_cast<size_t>(blocks));
-  for (int64_t n = 0; n < blocks; ++n) order[n] = n;
-  for (int64_t n = blocks - 1; n > 0 && machine.seed != 0; --n) std::swap(order[n], order[NextRandom() % (n + 1)]);
-  for (const int64_t block : order) {
-    if (!RunBlock(block, threads, shared_bytes)) return cudaErrorLaunchFailure;
-  }
+  const uint64_t periods[] = {16, 256, 4096};
+  machine.switch_period = periods[NextRandom() % 3];
+  machine.threads = threads;
+  machine.warps = threads / 32;
+  machine.shared_bytes = shared_bytes;
+  machine.pending.clear();
+  for (int64_t n = blocks - 1; n >= 0; --n) machine.pending.push_back(n);
+  for (int64_t n = blocks - 1; n > 0 && machine.seed != 0; --n)
+    std::swap(machine.pending[n], machine.pending[NextRandom() % (n + 1)]);
+  if (!RunPending()) return cudaErrorLaunchFailure;
   return cudaSuccess;
 }
 
@@ -394,7 +454,9 @@ void OnFault(int, siginfo_t* info, void*) {
   char text[512];
   int length = snprintf(text, sizeof text, "mra_emulation: access to unmapped memory");
   std::vector<Guarded> candidates = Buffers();
-  candidates.push_back(SharedArena());
+  for (const Slot& slot : machine.slots) {
+    if (slot.stacks != nullptr) candidates.push_back(slot.shared);
+  }
   for (const Guarded& g : candidates) {
     if (address < g.mapping || address >= g.mapping + g.mapping_bytes) continue;
     const bool below = address < g.data;
@@ -403,7 +465,7 @@ void OnFault(int, siginfo_t* info, void*) {
                       below ? "before the start of" : "past the end of", g.name.c_str(), g.bytes);
   }
   if (current != nullptr) {
-    length += snprintf(text + length, sizeof text - length, ", thread %u of CTA %u, launch %zu", current->index.x, block_index.x,
+    length += snprintf(text + length, sizeof text - length, ", thread %u of CTA %u, launch %zu", current->index.x, current->block.x,
                        machine.log.size());
   }
   text[length++] = '\n';

@@ -1,10 +1,10 @@
-// CUDA for the host, as much of it as the kernels use: one fiber per CUDA thread, run on one CPU thread, one CTA after another.
+// CUDA for the host, as much of it as the kernels use: one fiber per CUDA thread, run on one CPU thread, two CTAs at a time.
 //
-// Stricter than a GPU: fibers and CTAs run in an order drawn from a seed; shared memory starts as NaN and ends at a guard page;
-// every thread of a CTA must reach the same __syncthreads, every lane of a mask the same warp function, or the launch fails with a
-// report of who waits where. There is no __shared__: kernels use MRA_DYNAMIC_SHARED, so that all shared memory is bounded and
-// poisoned. Not seen here: races that need a finer interleaving than from one rendezvous to the next, bank conflicts, the
-// hardware's own rounding of expf.
+// Stricter than a GPU: fibers and CTAs run in an order drawn from a seed, and may be stopped at any rendezvous; shared memory
+// starts as NaN and ends at a guard page; every thread of a CTA must reach the same __syncthreads, every lane of a mask the same
+// warp function, or the launch fails with a report of who waits where. There is no __shared__: kernels use MRA_DYNAMIC_SHARED, so
+// that all shared memory is bounded and poisoned. Not seen here: races that need a finer interleaving than from one rendezvous to
+// the next, bank conflicts, the hardware's own rounding of expf.
 #ifndef MRA_CUDA_EMULATION_H_
 #define MRA_CUDA_EMULATION_H_
 
@@ -33,10 +33,10 @@ namespace mra_emulation {
 
 struct Thread {
   dim3 index;
+  dim3 block;
+  unsigned char* shared_memory;  // its CTA's
 };
 extern Thread* current;  // the running fiber's
-extern dim3 block_index;
-extern unsigned char* shared_memory;
 
 enum class WarpFunction { kSync, kBallot, kShuffle, kMatch };
 
@@ -63,8 +63,8 @@ inline int LaneOr(int lane) { return lane >= 0 && lane < 32 ? lane : Lane(); }
 }  // namespace mra_emulation
 
 #define threadIdx (::mra_emulation::current->index)
-#define blockIdx (::mra_emulation::block_index)
-#define MRA_DYNAMIC_SHARED(name) unsigned char* const name = ::mra_emulation::shared_memory
+#define blockIdx (::mra_emulation::current->block)
+#define MRA_DYNAMIC_SHARED(name) unsigned char* const name = ::mra_emulation::current->shared_memory
 
 #define MRA_WARP(function, mask, value) \
   ::mra_emulation::CallWarp(::mra_emulation::WarpFunction::function, mask, value, -1, __FILE__, __LINE__)

@@ -78,6 +78,17 @@ __global__ void WarpFunctions(Argument a) {
   a.out[threadIdx.x] = sum;
 }
 
+// The last of two CTAs to arrive sums what both wrote: in[0] counts arrivals, out[block] is written by the CTA's last thread. The
+// barrier is what makes thread 0 arrive after that.
+template <bool kBarrier>
+__global__ void SumOfBoth(Argument a) {
+  if (threadIdx.x == kThreads - 1) a.out[blockIdx.x] = 100 + static_cast<int32_t>(blockIdx.x);
+  if (kBarrier) __syncthreads();
+  const bool is_last = threadIdx.x == 0 && atomicAdd(&a.in[0], 1) == 1;
+  __syncthreads();
+  if (is_last) a.out[2] = a.out[0] + a.out[1];
+}
+
 struct Named {
   const char* name;
   void (*kernel)(Argument);
@@ -91,7 +102,9 @@ constexpr Named kKernels[] = {{"Reverse", Reverse},
                               {"ReadPastShared", ReadPastShared},
                               {"ReadPastInput", ReadPastInput},
                               {"ReadUninitialisedShared", ReadUninitialisedShared},
-                              {"WarpFunctions", WarpFunctions}};
+                              {"WarpFunctions", WarpFunctions},
+                              {"SumOfBoth", SumOfBoth<true>},
+                              {"SumOfBothWithoutBarrier", SumOfBoth<false>}};
 
 }  // namespace
 

@@ -44,6 +44,19 @@ def test_missing_barrier_shows_as_poison_or_stale_data():
         assert (out == -1).any()  # 0xffffffff, a NaN
 
 
+def test_ctas_run_into_each_other():
+    """What one CTA leaves to another without a barrier before it says so arrives too late in some order."""
+    sums = {"SumOfBoth": set(), "SumOfBothWithoutBarrier": set()}
+    for name, found in sums.items():
+        for seed in range(100):
+            emulated.library().mra_emulation_seed(seed)
+            error, out, _ = run(name, blocks=2)
+            assert error == 0
+            found.add(int(out[2]))
+    assert sums["SumOfBoth"] == {201}
+    assert len(sums["SumOfBothWithoutBarrier"]) > 1
+
+
 def test_shared_memory_starts_as_nan():
     _, out, _ = run("ReadUninitialisedShared")
     assert np.isnan(out.view(np.float32)).all()

@@ -44,7 +44,7 @@ struct RowState {
 
 // The low-resolution part of block row i, the same for its 32 tokens: sum of exp(l_ij) over the block sums of value and over the
 // counts, for all j that are not excluded and have a real token, relative to exp(*largest). vector: (kDims) shared; scratch:
-// shared.
+// shared. Other warps may still be reading both when this is called: it writes after a barrier.
 template <int kDims>
 __device__ __forceinline__ void LowResolution(const Problem& p, int64_t head, int row, float* scratch, float* vector, float* total,
                                               float* largest) {
@@ -264,7 +264,6 @@ __global__ void __launch_bounds__(kAttendThreads, AttendCtas(kDims)) AttendKerne
     }
     if (item.chunks > 1 && !MergeChunks<kDims>(p, head, item, reinterpret_cast<int32_t*>(query_tile), &state)) return;
     if (p.full) {
-      __syncthreads();  // tile and weights have been read
       LowResolution<kDims>(p, head, item.row, tile, low_vector, &low_total, &low_largest);
       has_low = true;
     }
