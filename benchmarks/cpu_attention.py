@@ -183,8 +183,9 @@ def main(
     about["matmul_gflops"] = round(matmul_gflops(min(seconds, 1.0)), 1)
     for name, value in about.items():
         print(f"{name:16} {value}")
+    print()
     print(
-        f"\n{'N':>6} {'dtype':9} {'ours ms (quartiles)':>26} {'sdpa ms (quartiles)':>26} {'faster':>7} {'GFLOP/s':>8} {'max error':>10}"
+        f"{'N':>6} {'dtype':9} {'ours ms (quartiles)':>26} {'sdpa ms (quartiles)':>26} {'faster':>7} {'GFLOP/s':>8} {'max error':>10}"
     )
     rows = []
     for length in lengths or (512, 1024, 4096):
