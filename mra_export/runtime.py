@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mra_export import parity
 from mra_export.backends import CudaBackend
-from mra_export.bundle import MODEL, OP_LIBRARY, WEIGHTS, Bundle
+from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.contract import TOLERANCES
 from mra_export.errors import BackendError, ContractError, ParityError
 from mra_export.inputs import InputSpec, is_torch, like
@@ -203,8 +203,6 @@ def _choose(bundle: Bundle, device: str, use_op_library: bool) -> tuple[str, str
 def _torch(bundle: Bundle, device: str, use_op_library: bool) -> Backend:
     if importlib.util.find_spec("torch") is None:
         raise BackendError("backend is 'torch', but torch is not installed: pip install torch")
-    if WEIGHTS not in bundle.manifest.files:
-        raise BackendError(f"{bundle.path} holds no {WEIGHTS}, which the torch backend needs: export it with its weights")
     from mra_export.backends.pytorch import TorchBackend
 
     manifest = bundle.manifest

@@ -15,7 +15,7 @@ import pytest
 from exported import checkpoint
 
 from mra_export import cases, subjects
-from mra_export.bundle import MODEL, OP_LIBRARY, Bundle, file_entry
+from mra_export.bundle import MODEL, OP_LIBRARY, WEIGHTS, Bundle, file_entry
 from mra_export.contract import TOLERANCES
 from mra_export.errors import BackendError, ContractError
 from mra_export.parity import FAIL, PASS, SKIP
@@ -229,6 +229,17 @@ def test_a_bundle_without_its_op_library_skips_that_runtime_unless_it_was_named(
     assert report.passed
     with pytest.raises(BackendError, match="holds no op library"):
         verify(loaded(folder), ["onnxruntime"], quick=True)
+
+
+def test_without_weights_there_is_no_reference(bundles, tmp_path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundles("fp32"), folder)
+    (folder / WEIGHTS).unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][WEIGHTS]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BackendError, match=r"holds no model.safetensors"):
+        verify(loaded(folder), quick=True)
 
 
 @pytest.mark.parametrize(

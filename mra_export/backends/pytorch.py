@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mra_export.bundle import WEIGHTS
 from mra_export.contract import DTYPES
 from mra_export.errors import BackendError
 
@@ -18,7 +19,7 @@ class TorchBackend:
     """The bundle's model on a CPU or GPU, in the bundle's dtype unless another is asked for.
 
     reference: bypass the compiled operator and run attention in plain torch.
-    Raises BackendError where the device is not there.
+    Raises BackendError where the device or the weights are not there.
     """
 
     name = "torch"
@@ -29,6 +30,8 @@ class TorchBackend:
         from mra_export.model import load
 
         check_device(device)
+        if not (folder / WEIGHTS).is_file():
+            raise BackendError(f"{folder} holds no {WEIGHTS}, which the torch backend and verify need: export it with its weights")
         self.device = device
         self._device = torch.device(device)
         model = load(str(folder), task=task, dtype=getattr(torch, DTYPES[dtype]))
