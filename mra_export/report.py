@@ -210,7 +210,10 @@ def _summarise(backend: str, check: str, rows: list[Row]) -> dict[str, Any]:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         line["reason"] = f"{failed[0].case}: {failed[0].reason}{more}"
     elif skipped:
-        reasons = "; ".join(dict.fromkeys(row.reason for row in skipped))
-        left_out = f"{len(skipped)} cases left out: {reasons}" if compared else reasons
+        left_out = skipped[0].reason
+        measured = [row for row in compared if row.difference is not None]
+        if measured:
+            largest = max(measured, key=lambda row: row.difference.elements if row.difference else 0)
+            left_out = f"{len(skipped)} cases left out, the largest that ran is {largest.case}: {left_out}"
         line["reason"] = "; ".join(part for part in (line["reason"], left_out) if part)
     return line
