@@ -183,10 +183,8 @@ def main(
     about["matmul_gflops"] = round(matmul_gflops(min(seconds, 1.0)), 1)
     for name, value in about.items():
         print(f"{name:16} {value}")
-    print()
-    print(
-        f"{'N':>6} {'dtype':9} {'ours ms (quartiles)':>26} {'sdpa ms (quartiles)':>26} {'faster':>7} {'GFLOP/s':>8} {'max error':>10}"
-    )
+    titles = ("N", "dtype", "ours ms (quartiles)", "sdpa ms (quartiles)", "faster", "GFLOP/s", "max error")
+    print("\n{:>6} {:9} {:>26} {:>26} {:>7} {:>8} {:>10}".format(*titles))
     rows = []
     for length in lengths or (512, 1024, 4096):
         for dtype in dtypes or ("float32",):
