@@ -214,6 +214,6 @@ def _summarise(backend: str, check: str, rows: list[Row]) -> dict[str, Any]:
         measured = [row for row in compared if row.difference is not None]
         if measured:
             largest = max(measured, key=lambda row: row.difference.elements if row.difference else 0)
-            left_out = f"{len(skipped)} cases left out, the largest that ran is {largest.case}: {left_out}"
+            left_out = f"{len(skipped)} left out, the largest that ran is {largest.case}: {left_out}"
         line["reason"] = "; ".join(part for part in (line["reason"], left_out) if part)
     return line
