@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kResident = 2;                // CTAs that run at the same time, if the order is drawn from a seed
+constexpr int kResident = 4;                // CTAs that run at the same time, if the order is drawn from a seed
 constexpr size_t kSharedLimit = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 allow a CTA
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 1 << 20;
@@ -157,6 +157,7 @@ struct Machine {
   int resident = 0;            // slots in use
   int turn = 0;                // the slot that runs
   uint64_t switch_period = 1;  // about how many picks a slot keeps its turn for
+  bool hold = false;           // it keeps it until it can run no more
   int threads = 0;
   int warps = 0;
   size_t shared_bytes = 0;
@@ -201,11 +202,14 @@ Fiber* TakeReady(Slot* slot) {
 }
 
 Fiber* TakeReady() {
-  if (machine.resident > 1 && NextRandom() % machine.switch_period == 0) machine.turn = (machine.turn + 1) % machine.resident;
+  if (machine.resident > 1 && !machine.hold && NextRandom() % machine.switch_period == 0) {
+    machine.turn = (machine.turn + 1) % machine.resident;
+  }
   for (int n = 0; n < machine.resident; ++n) {
     Fiber* next = TakeReady(&machine.slots[machine.turn]);
     if (next != nullptr) return next;
     machine.turn = (machine.turn + 1) % machine.resident;
+    machine.hold = false;
   }
   return nullptr;
 }
@@ -363,6 +367,14 @@ bool RunPending() {
 }  // namespace
 
 int Lane() { return static_cast<int>(current->index.x % 32); }
+
+void AfterAtomic() {
+  if (machine.resident < 2 || NextRandom() % 4 != 0) return;
+  machine.hold = true;
+  machine.turn = static_cast<int>(NextRandom() % static_cast<unsigned>(machine.resident));
+  Wake(Self());
+  Leave();
+}
 
 void SyncThreads(const char* file, int line) {
   Fiber* self = Self();

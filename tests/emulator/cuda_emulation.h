@@ -1,4 +1,4 @@
-// CUDA for the host, as much of it as the kernels use: one fiber per CUDA thread, run on one CPU thread, two CTAs at a time.
+// CUDA for the host, as much of it as the kernels use: one fiber per CUDA thread, run on one CPU thread, four CTAs at a time.
 //
 // Stricter than a GPU: fibers and CTAs run in an order drawn from a seed, and may be stopped at any rendezvous; shared memory
 // starts as NaN and ends at a guard page; every thread of a CTA must reach the same __syncthreads, every lane of a mask the same
@@ -45,6 +45,8 @@ void SyncThreads(const char* file, int line);
 // kBallot: bit n = lane n's value is not 0; kMatch: bit n = lane n's value equals this one's.
 uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int source, const char* file, int line);
 int Lane();
+// Lets another CTA run for as long as it can, now and then: what this one had to have done before the atomic shows if it had not.
+void AfterAtomic();
 
 cudaError_t Launch(void (*entry)(const void*), const void* argument, int64_t blocks, int threads, size_t shared_bytes);
 
@@ -81,6 +83,7 @@ inline int LaneOr(int lane) { return lane >= 0 && lane < 32 ? lane : Lane(); }
 inline int atomicAdd(int* address, int value) {
   const int old = *address;
   *address = old + value;
+  mra_emulation::AfterAtomic();
   return old;
 }
 inline void __threadfence() {}

@@ -198,7 +198,7 @@ def test_zeros_and_signed_zeros_tie():
     attributes = Attributes(1, 5, 0.25)
     query, key = np.zeros((2, 1, 128, 8), np.float32)
     query[:, :64] = 1e-30
-    key[:, 32:64] = key[:, 96:] = -1e-30  # products underflow to -0, the other pairs' logits are +0
+    key[:, 32:64] = -1e-30  # products underflow to -0; the other pairs' logits, and the row maxima, are +0
     query[:, 96:] = -0.0
     mask = np.ones((1, 128), np.int32)
     chosen, excluded, _ = check_selection((query, key, query, mask), attributes)
