@@ -3,8 +3,8 @@
 // Stricter than a GPU: fibers and CTAs run in an order drawn from a seed, and may be stopped at any rendezvous; shared memory
 // starts as NaN and ends at a guard page; every thread of a CTA must reach the same __syncthreads, every lane of a mask the same
 // warp function, or the launch fails with a report of who waits where. There is no __shared__: kernels use MRA_DYNAMIC_SHARED, so
-// that all shared memory is bounded and poisoned. Not seen here: races that need a finer interleaving than from one rendezvous to
-// the next, bank conflicts, the hardware's own rounding of expf.
+// that all shared memory is bounded and poisoned. Not seen here: races that need a finer interleaving than from one rendezvous or
+// atomic to the next, a missing memory fence, bank conflicts, the hardware's own rounding of expf.
 #ifndef MRA_CUDA_EMULATION_H_
 #define MRA_CUDA_EMULATION_H_
 
