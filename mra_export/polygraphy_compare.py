@@ -39,7 +39,7 @@ def compare(bundle: Bundle, names: Sequence[str], inputs: Iterable[Arrays]) -> l
     batches = list(inputs)
     elementwise = SimpleCompareFunc(atol=tolerance, rtol=tolerance, check_error_stat="elemwise", infinities_compare_equal=False)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = Comparator.run([_runner(bundle, name) for name in names], data_loader=batches)
+        results = Comparator.run([runner(bundle, name, blank_padding=True) for name in names], data_loader=batches)
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=elementwise)
     rows = []
     for (name, other), compared in accuracy.items():
@@ -52,8 +52,11 @@ def compare(bundle: Bundle, names: Sequence[str], inputs: Iterable[Arrays]) -> l
     return rows
 
 
-def _runner(bundle: Bundle, name: str) -> Any:
-    """A Polygraphy runner over MraRuntime, so that what users run is what is compared."""
+def runner(bundle: Bundle, name: str, blank_padding: bool = False) -> Any:
+    """A Polygraphy runner over MraRuntime, so that what users run is what is compared.
+
+    name: of OPTIONS. blank_padding: give 0 where padding stands, because what a model says there means nothing.
+    """
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
 
@@ -72,8 +75,8 @@ def _runner(bundle: Bundle, name: str) -> Any:
             outputs = self.runtime.run(**feed)
             self.inference_time = time.perf_counter() - start
             for output, array in outputs.items():
-                keep = real_positions(bundle, output, feed)
-                if keep is not None:  # what stands at padding means nothing
+                keep = real_positions(bundle, output, feed) if blank_padding else None
+                if keep is not None:
                     outputs[output] = np.where(keep.reshape(keep.shape + (1,) * (array.ndim - keep.ndim)), array, 0)
             return outputs
 
