@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_reference import Selection, mra_attention
 
 from mra_export import kernel, libraries
 from mra_export.contract import Attributes
 from mra_export.kernel import Params, make_params
-from mra_export.model.attention import Selection, mra_attention
 
 SKIPPED = 77
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
