@@ -12,16 +12,17 @@ step "1. What this machine has"
 run mra-export doctor
 
 step "2. The trained checkpoint becomes a bundle"
-run mra-export export examples/mra-tiny-python "$out/tiny"
+run mra-export export examples/mra-tiny-python "$out/tiny" --engine auto
 
 step "3. Every runtime against PyTorch"
 run mra-export verify "$out/tiny" --json "$out/tiny-parity.json"
 
 step "4. Real text"
 run mra-export run "$out/tiny" --text "for i in range(<mask>):" --text "import os, <mask>"
+run mra-export inspect "$out/tiny"
 
 step "5. The same in half precision"
-run mra-export export examples/mra-tiny-python "$out/tiny-fp16" --dtype fp16
+run mra-export export examples/mra-tiny-python "$out/tiny-fp16" --dtype fp16 --engine auto
 run mra-export verify "$out/tiny-fp16" --quick
 
 step "6. The published size: 12 layers, 768 wide, 512 tokens (random weights)"
