@@ -32,7 +32,17 @@ _HOME = {
     "MraModel": "mra_export.model",
     "MraRuntime": "mra_export.runtime",
 }
-__all__ = [*_HOME]
+__all__ = [
+    "Bundle",
+    "MraConfig",
+    "MraForMaskedLM",
+    "MraForMultipleChoice",
+    "MraForQuestionAnswering",
+    "MraForSequenceClassification",
+    "MraForTokenClassification",
+    "MraModel",
+    "MraRuntime",
+]
 
 
 def __getattr__(name: str) -> Any:
