@@ -5,6 +5,7 @@ Meaning of the operator: docs/operator.md. No framework is imported here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -97,7 +98,7 @@ def attention_scale(head_size: int) -> float:
 
     Upstream zero-pads heads smaller than 32 to 32 and scales by the padded size.
     """
-    return float(max(head_size, BLOCK_SIZE)) ** -0.5
+    return math.pow(max(head_size, BLOCK_SIZE), -0.5)
 
 
 def block_budget(max_position_embeddings: int, block_per_row: int) -> int:
