@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 PASS, FAIL, SKIP = "pass", "fail", "skip"
+_LARGEST = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 22
 """Elements widened to float64 at a time: the logits of a large vocabulary are gigabytes as float64."""
 
@@ -98,7 +99,7 @@ def measure(actual: npt.ArrayLike, expected: npt.ArrayLike, keep: npt.NDArray[np
             total + float(left @ right)
             for total, left, right in ((product, x_part, y_part), (x_square, x_part, x_part), (y_square, y_part, y_part))
         )
-        errors[part], relatives[part] = error, relative
+        errors[part], relatives[part] = np.minimum(error, _LARGEST), np.minimum(relative, _LARGEST)
     norms = (x_square * y_square) ** 0.5
     return Difference(
         elements=x.size,

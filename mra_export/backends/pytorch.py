@@ -27,6 +27,7 @@ class TorchBackend:
     def __init__(
         self, folder: Path, *, task: str, dtype: str, padding_invariant: bool, device: str = "cpu", reference: bool = False
     ) -> None:
+        from mra_export.checkpoint import no_progress_bars
         from mra_export.model import load
 
         check_device(device)
@@ -34,7 +35,8 @@ class TorchBackend:
             raise BackendError(f"{folder} holds no {WEIGHTS}, which the torch backend and verify need: export it with its weights")
         self.device = device
         self._device = torch.device(device)
-        model = load(str(folder), task=task, dtype=getattr(torch, DTYPES[dtype]))
+        with no_progress_bars():
+            model = load(str(folder), task=task, dtype=getattr(torch, DTYPES[dtype]))
         model.set_padding_invariant(padding_invariant)
         model.set_reference_attention(reference)
         self.model = model.eval().to(self._device)
