@@ -25,6 +25,7 @@ struct Target {
 
 bool MachineHas(const char* name) {
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   if (std::strcmp(name, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");

@@ -223,7 +223,7 @@ void ComputeLogits(const Problem& problem, int64_t head_index, const Head& head)
     } else if (head.real[i] != 0) {
       for (int64_t j = 0; j < problem.nb32; j += kLanes) {
         const Floats l = Load(row + j);
-        largest = (l > largest) & (Load(head.real_count + j) > 0.0f) ? l : largest;
+        largest = ((l > largest) & (Load(head.real_count + j) > 0.0f)) ? l : largest;
       }
       head.row_max[i] = LargestOrNan(largest);
     } else {

@@ -118,7 +118,7 @@ MRA_INLINE Floats Exp2(Floats x) {
 }
 
 // The larger; NaN where either is NaN.
-MRA_INLINE Floats MaxOrNan(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
+MRA_INLINE Floats MaxOrNan(Floats a, Floats b) { return ((a > b) | (a != a)) ? a : b; }
 
 MRA_INLINE float LargestOrNan(Floats v) {
   float m = v[0];
