@@ -3,9 +3,9 @@
     python examples/train_tiny.py --out build/mra-tiny-python --minutes 45
 
 Text: the running interpreter's standard library sources and the language reference inside `pydoc_data`. Most steps use
-sequences of 128 tokens, where the budget of exact blocks covers all of them; the last fifth uses 512, where it covers a
-quarter, so that the trained attention has met block selection. Ctrl-C keeps a snapshot: `--resume` goes on from it, and
-`--resume --minutes 0` writes what there is.
+sequences of at most 128 tokens, where the budget of exact blocks covers all of them; the last fifth of the time goes to 512, where
+it covers a quarter, so that the trained attention has met block selection. Ctrl-C keeps a snapshot: `--resume` goes on from it,
+and `--resume --minutes 0` writes what there is.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ EXCLUDED_FOLDERS = {
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # generated: paths and compiler flags of one machine
 
 SHORT, LONG = 128, 512
-TOKENS_PER_STEP = 4096
-SHORT_SHARE = 0.8  # of the training; the rest is at length LONG
+PHASES = (  # until this share of the training: rows of this length, this many a step
+    (0.25, 32, 64),  # few neighbours: what they tell is learned sooner
+    (0.55, SHORT, 16),
+    (0.80, SHORT, 32),
+    (1.00, LONG, 8),
+)
 WARMUP_SHARE, DECAY_SHARE = 0.03, 0.3
 MASK_RATE = 0.15
 HELD_OUT_PERCENT = 4
@@ -230,7 +234,50 @@ def wave_positions(model: MraForMaskedLM) -> None:
     angle = torch.arange(LONG)[:, None] * frequency
     with torch.no_grad():
         # The first two rows belong to padding and are never used.
-        table[2:] = torch.cat([angle.sin(), angle.cos()], dim=1) * math.sqrt(2) * model.config.initializer_range
+        table[2:] = torch.cat([angle.sin(), angle.cos()], dim=1) * math.sqrt(2 / table.shape[1])
+
+
+def neighbour_vectors(tokens: torch.Tensor, vocab_size: int, width: int) -> torch.Tensor:
+    """Word vectors from counts: (vocab_size, width), rows of length 1, near each other for tokens that have the same neighbours.
+
+    The positive pointwise mutual information of tokens at most 3 apart, nearer ones weighing more, cut to its largest components.
+    Some seconds of counting save the model many steps of learning the same.
+    """
+    counts = torch.zeros(vocab_size * vocab_size)
+    for distance in (1, 2, 3):
+        pair = tokens[:-distance] * vocab_size + tokens[distance:]
+        counts += torch.bincount(pair, minlength=len(counts)) / distance
+    counts = counts.view(vocab_size, vocab_size)
+    counts = counts + counts.T
+    total = counts.sum(1) + 1e-3
+    smooth = total**0.75  # so that rare neighbours do not rule
+    information = torch.log(counts * smooth.sum() / (total[:, None] * smooth[None, :])).clamp(min=0.0)
+    left, strength, _ = torch.svd_lowrank((information + information.T) / 2, q=width, niter=3)
+    return nn.functional.normalize(left * strength.sqrt(), dim=1)
+
+
+def count_words(model: MraForMaskedLM, tokens: torch.Tensor) -> None:
+    """Start the word table from `neighbour_vectors` and the output's bias from the tokens' frequencies.
+
+    Rows of length 1, three times the usual: the table is the output's matrix too, and from short rows no sure prediction can come.
+    """
+    table = model.mra.embeddings.word_embeddings.weight
+    vocab_size, width = table.shape
+    frequency = (tokens.bincount(minlength=vocab_size) + 0.5) / len(tokens)
+    with torch.no_grad():
+        vectors = neighbour_vectors(tokens, vocab_size, width)
+        table[len(SPECIAL_TOKENS) :] = vectors[len(SPECIAL_TOKENS) :]
+        table[[BOS, EOS, MASK]] *= 1 / (model.config.initializer_range * math.sqrt(width))
+        model.cls.predictions.bias.copy_(frequency.log())
+
+
+def start_near(model: MraForMaskedLM) -> None:
+    """Let each key projection start as its query projection: a token then first listens to those with a position like its own."""
+    with torch.no_grad():
+        for layer in model.mra.encoder.layer:
+            attention = layer.attention.self
+            attention.query.weight.mul_(2.0)
+            attention.key.weight.copy_(attention.query.weight)
 
 
 def _exact(attention: nn.Module, hidden: torch.Tensor, mask: torch.Tensor, head_mask: torch.Tensor | None) -> torch.Tensor:
@@ -264,7 +311,7 @@ def accuracy(model: MraForMaskedLM, rows: torch.Tensor, seed: int = 0) -> float:
     model.eval()
     chosen = choose(rows, MASK_RATE, torch.Generator().manual_seed(seed))
     right = 0
-    per_batch = max(1, TOKENS_PER_STEP // rows.shape[1])
+    per_batch = max(1, 4096 // rows.shape[1])
     for batch, where in zip(rows.split(per_batch), chosen.split(per_batch), strict=True):
         right += int((logits_at(model, batch.masked_fill(where, MASK), where).argmax(-1) == batch[where]).sum())
     return right / int(chosen.sum())
@@ -289,10 +336,8 @@ def without_attention(model: MraForMaskedLM) -> MraForMaskedLM:
 
 
 def phase(progress: float) -> tuple[int, int]:
-    """Length and tokens of a step. Small steps first: early on more of them teach more than larger ones."""
-    if progress >= SHORT_SHARE:
-        return LONG, 8 * LONG
-    return SHORT, (16 if progress < SHORT_SHARE / 2 else 32) * SHORT
+    """Length and number of a step's rows."""
+    return next(((length, rows) for until, length, rows in PHASES if progress < until), PHASES[-1][1:])
 
 
 def rate_factor(progress: float) -> float:
@@ -301,13 +346,13 @@ def rate_factor(progress: float) -> float:
 
 
 def make_optimizers(model: MraForMaskedLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices: it leaves the plateau of word frequencies in a third of AdamW's steps. AdamW for the rest."""
+    """Muon for the layers' matrices: it leaves the plateau of word frequencies in fewer steps than AdamW, which does the rest."""
     matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".encoder." in name]
     seen = {id(weight) for weight in matrices}
     rest = [weight for weight in model.parameters() if id(weight) not in seen]
     return [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
@@ -338,9 +383,9 @@ class Trainer:
     def train_step(self) -> float:
         """One batch; returns the mean cross-entropy of its chosen tokens."""
         began = time.monotonic()
-        length, size = phase(self.progress)
+        length, count = phase(self.progress)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        rows = random_windows(self.tokens, size // length, length, generator)
+        rows = random_windows(self.tokens, count, length, generator)
         chosen = choose(rows, self.train_mask_rate, generator)
         corrupted = corrupt(rows, chosen, self.model.config.vocab_size, generator)
         # Short rows start anywhere, so that every position is trained.
@@ -349,7 +394,7 @@ class Trainer:
         self._set_rates()
         self.model.train()
         with ExitStack() as stack:
-            if length == SHORT:
+            if length <= SHORT:
                 stack.enter_context(exact_attention(self.model))
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
             logits = logits_at(self.model, corrupted, chosen, positions)
@@ -473,9 +518,9 @@ Foundation's licence and is not part of this folder.
 ## Training
 
 {steps} steps in {minutes:.0f} minutes on {cores} shared cores ({machine}), seed {seed}, torch {torch}, bfloat16.{unfinished}
-Sequences of {short} tokens, where the budget covers every block, then of {long}, where it covers a quarter.
+Sequences of 32, then {short} tokens, where the budget covers every block, then of {long}, where it covers a quarter.
 {train_mask:.0%} of the tokens chosen (of these 80% `<mask>`, 10% random, 10% kept). Muon for the layers' matrices, AdamW for the
-rest. To do it again:
+rest. To train another like it (the clock sets the pace; with `--steps N` in its place every run takes the same steps):
 
     python examples/train_tiny.py --out OUT {again}
 
@@ -553,10 +598,13 @@ def main(
     console.print(f"{len(tokens)} tokens to train on, {len(held_out)} held out, vocabulary {len(tokenizer)}")
 
     model = build_model(len(tokenizer))
-    wave_positions(model)
     trainer = Trainer(model, tokens, seed, mask_rate, steps, minutes)
     if resume:
         trainer.load(snapshot)
+    else:
+        wave_positions(model)
+        count_words(model, tokens)
+        start_near(model)
     ended_early = resume and minutes == 0
     train(trainer, snapshot, 60 * snapshot_minutes)
 
@@ -588,7 +636,7 @@ def main(
         short=SHORT,
         long=LONG,
         train_mask=mask_rate,
-        again=f"--steps {trainer.step} --seed {seed}",
+        again=f"--seed {seed} " + (f"--minutes {minutes:g}" if steps is None else f"--steps {steps}"),
         scores=score_lines(scores),
     )
     (staged / "README.md").write_text(readme)
