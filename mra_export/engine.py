@@ -129,7 +129,9 @@ def check_can_build(options: EngineOptions) -> tuple[str, Path | None]:
 
 
 def build_engine(
-    bundle: Bundle, options: EngineOptions | None = None, progress: Progress = lambda text, passing: None
+    bundle: str | os.PathLike[str] | Bundle,
+    options: EngineOptions | None = None,
+    progress: Progress = lambda text, passing: None,
 ) -> EngineEntry:
     """Build an engine from the bundle's graph and add it to the bundle and its manifest; returns the manifest's row.
 
@@ -137,6 +139,7 @@ def build_engine(
     Raises EngineError (cannot be built here, or an option the backend does not know), ContractError (an option's value),
     PluginLoadError (no plugin library), BundleError (the bundle cannot be written to).
     """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     options = options or EngineOptions()
     backend, library = check_can_build(options)
     shapes = profiles.make_profiles(bundle, options.min_shapes, options.opt_shapes, options.max_shapes, options.plugin)

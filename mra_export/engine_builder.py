@@ -170,7 +170,9 @@ def _configure(trt: Any, builder: Any, config: Any, network: Any, request: Reque
     if request.hardware_compatibility is None:
         return [here]
     level = request.hardware_compatibility.upper().replace("-", "_")
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    if level not in trt.HardwareCompatibilityLevel.__members__:
+        raise EngineError(f"tensorrt {trt.__version__} has no hardware compatibility {request.hardware_compatibility}: update it")
+    config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.__members__[level]
     return ["8.0+"] if level == "AMPERE_PLUS" else [here]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mra_export import gpu, tensorrt_api
-from mra_export.bundle import Bundle
+from mra_export.bundle import Bundle, file_entry
 from mra_export.contract import PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from mra_export.errors import BundleError, EngineError, MraExportError, PluginLoadError
 from mra_export.gpu import Gpu
@@ -60,7 +59,7 @@ def check_files(bundle: Bundle, entry: EngineEntry, allow_embedded_plugin: bool)
         raise EngineError(
             f"{path} is a plan of {header.backend} {header.version}, the manifest says {entry.backend} {entry.builder}: {again}"
         )
-    verify_hash(bundle, entry.file, path.read_bytes())
+    verify_hash(bundle, entry.file, file_entry(path).sha256)
     plugin = entry.plugin
     if plugin is None:
         return
@@ -81,14 +80,14 @@ def check_files(bundle: Bundle, entry: EngineEntry, allow_embedded_plugin: bool)
     library = bundle.file(plugin.library)
     if not library.is_file():
         raise PluginLoadError(f"{library} is missing, {entry.file} needs it: {again}")
-    verify_hash(bundle, plugin.library, library.read_bytes())
+    verify_hash(bundle, plugin.library, file_entry(library).sha256)
     if bundle.manifest.files[plugin.library].sha256 != plugin.sha256:
         raise EngineError(f"{path} was built with another {plugin.library} (sha256 {plugin.sha256[:16]}...): {again}")
 
 
-def verify_hash(bundle: Bundle, name: str, data: bytes) -> None:
-    """Refuse a file whose bytes are not the manifest's. Raises BundleError."""
-    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[name].sha256:
+def verify_hash(bundle: Bundle, name: str, sha256: str) -> None:
+    """Refuse a file whose hash is not the manifest's. Raises BundleError."""
+    if sha256 != bundle.manifest.files[name].sha256:
         raise BundleError(f"{bundle.path / name} is altered: its sha256 is not the manifest's: copy the bundle or build it again")
 
 

@@ -62,7 +62,7 @@ def test_every_dtype_builds_with_one_plugin_layer_per_layer(bundles, plugin, tmp
 @needs_rtx
 def test_without_the_plugin_the_function_body_is_built_in(own, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(tmp_path))  # no library anywhere
-    entry = build_engine(own, EngineOptions(plugin=False, **SMALLEST))
+    entry = build_engine(own.path, EngineOptions(plugin=False, **SMALLEST))
     assert (entry.plugin_layers, entry.plugin, entry.options) == (0, None, {"plugin": False})
     assert PLUGIN_LIBRARY not in Bundle.load(own.path).manifest.files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -206,7 +207,9 @@ class TensorRtBackend:
     def _deserialize(self, allow_embedded_plugin: bool) -> Any:
         plugin, path = self.entry.plugin, self._bundle.file(self.entry.file)
         data = path.read_bytes()
-        verify_hash(self._bundle, self.entry.file, data)  # these very bytes, not what the file held a moment ago
+        verify_hash(
+            self._bundle, self.entry.file, hashlib.sha256(data).hexdigest()
+        )  # these very bytes, not what the file held a moment ago
         embedded = plugin is not None and plugin.embedded and allow_embedded_plugin
         self._runtime.engine_host_code_allowed = embedded
         if plugin is not None and not embedded:
