@@ -117,7 +117,9 @@ class _OnnxRuntime(Subject):
         super().__init__(name, bundle)
         self._library = bundle.file(OP_LIBRARY) if name == "onnxruntime" and OP_LIBRARY in bundle.manifest.files else None
         self.runtime = MraRuntime.load(bundle, "onnxruntime", use_op_library=name == "onnxruntime")
-        self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=self._library is None)
+        self._graph = DebugGraph(
+            bundle.file(MODEL), bundle.manifest.operator_attributes(), bundle.manifest.dtype, function_choice=self._library is None
+        )
         self._debug = OnnxRuntimeBackend(self._graph.take(), dtype=bundle.manifest.dtype, library=self._library)
 
     def run(self, inputs: Inputs) -> Arrays:
@@ -158,7 +160,9 @@ class _OnnxReference(Subject):
             raise BackendError(
                 f"the graph has {size >> 20} MB: onnx's ReferenceEvaluator is plain numpy, verify gives it up to {limit} MB"
             )
-        self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), function_choice=True)
+        self._graph = DebugGraph(
+            bundle.file(MODEL), bundle.manifest.operator_attributes(), bundle.manifest.dtype, function_choice=True
+        )
         self._evaluator = ReferenceEvaluator(onnx.load_from_string(self._graph.take()))
 
     def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:

@@ -30,8 +30,8 @@ from mra_export.bundle import Bundle
 from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
 from mra_export.contract import DTYPES, TOLERANCES, Attributes
 from mra_export.errors import BackendError, ContractError, EngineError
-from mra_export.parity import FAIL, PASS, SKIP, Row, judge
-from mra_export.probe import Layer, TorchProbe
+from mra_export.parity import FAIL, PASS, SKIP, Row, judge, measure
+from mra_export.probe import Layer, TorchProbe, possible_choices
 from mra_export.report import Report
 from mra_export.runtime import real_positions
 from mra_export.selection import Choice, Overlap, block_scores, clear_budget, dense_attention, overlap
@@ -142,7 +142,6 @@ def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
 def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) -> Iterator[Row]:
     bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
     tolerance = TOLERANCES[dtype]
-    attributes = reference.attributes
     actual, layers = subject.observe(case.inputs)
     differing = 0
     allowed = tolerance.model
@@ -150,11 +149,8 @@ def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) 
         allowed = tolerance.model_free
         expected, _ = reference.run(case.inputs)
     elif len(layers) == bundle.manifest.model.num_hidden_layers:
-        expected, expected_layers = reference.run(case.inputs, forced=[layer.choice for layer in layers])
-        overlaps = [
-            overlap(block_scores(own.query, own.key, own.mask, attributes), attributes.num_blocks, layer.choice)
-            for own, layer in zip(expected_layers, layers, strict=True)
-        ]
+        ways = (_follow(reference, case, choices) for choices in possible_choices(layers))
+        expected, overlaps = min(ways, key=lambda way: _distance(bundle, case, actual, way[0]))
         differing = sum(layer.differing for layer in overlaps)
         yield _selection_row(subject, case, overlaps)
     else:
@@ -168,6 +164,25 @@ def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) 
             continue
         keep = real_positions(bundle, name, case.inputs)
         yield judge("outputs", subject.name, dtype, case.name, name, actual[name], expected[name], allowed, keep=keep, note=note)
+
+
+def _follow(reference: _Reference, case: Case, choices: Sequence[Choice]) -> tuple[Arrays, list[Overlap]]:
+    """The reference's answer when it takes these blocks, and how far they are from those it would have taken."""
+    expected, own = reference.run(case.inputs, forced=choices)
+    attributes = reference.attributes
+    overlaps = [
+        overlap(block_scores(layer.query, layer.key, layer.mask, attributes), attributes.num_blocks, choice)
+        for layer, choice in zip(own, choices, strict=True)
+    ]
+    return expected, overlaps
+
+
+def _distance(bundle: Bundle, case: Case, actual: Arrays, expected: Arrays) -> float:
+    names = [tensor.name for tensor in bundle.manifest.outputs if tensor.name in actual]
+    if any(actual[name].shape != expected[name].shape for name in names):
+        return float("inf")
+    pairs = ((actual[name], expected[name], real_positions(bundle, name, case.inputs)) for name in names)
+    return max((measure(*pair).smallest_tolerance for pair in pairs), default=float("inf"))
 
 
 def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) -> Row:
