@@ -62,5 +62,10 @@ format: .venv/installed ## Rewrite the sources in the project's style.
 bench: .venv/installed ## The CPU attention kernel beside torch's own attention.
 	@$(BIN)/python benchmarks/cpu_attention.py
 
+# No .venv: a GPU machine has a torch of its own, and often no network.
+.PHONY: gpu-check
+gpu-check: ## Build, check and time the CUDA parts on this machine's GPU; installs nothing (docs/gpu-check.md).
+	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
 clean: ## Remove what was built, not what was downloaded.
 	@rm -rf build demo-out .venv/installed

@@ -42,6 +42,8 @@ from mra_export import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 OK, FAILED, LEFT_OUT = "ok", "failed", "left out"
+TOOLKIT = Path("/usr/local/cuda")
+"""Where a toolkit is looked for when PATH has none."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -299,7 +301,7 @@ def _passed(lines: Sequence[str]) -> str:
 
 
 def find_nvcc() -> Path:
-    for candidate in (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+    for candidate in (os.environ.get("CUDACXX"), shutil.which("nvcc"), str(TOOLKIT / "bin" / "nvcc")):
         if candidate and Path(candidate).is_file():
             return Path(candidate).absolute()
     raise CannotStartError("no nvcc: put it on PATH or set CUDACXX to it; it comes with the CUDA toolkit, 12.8 or newer")

@@ -84,7 +84,7 @@ class _Check:
         else:
             torch.manual_seed(0)
             config = MraConfig(
-                vocab_size=512, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, block_per_row=2
+                vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, block_per_row=2
             )
             model, name = MraForMaskedLM(config).eval(), f"random weights (no {folder.name})"
             for module in model.modules():

@@ -1,0 +1,527 @@
+"""What `make gpu-check` runs, as far as a machine without a GPU can say: its programs on emulated kernels, its build, its words."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mra_export import gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU_TESTS = ROOT / "tests" / "gpu"
+PLUGINS = ROOT / "mra_export" / "plugins"
+ORCHESTRATOR = ROOT / "benchmarks" / "gpu_check.py"
+no_gpu = pytest.mark.skipif(bool(gpu.devices()), reason="this machine has a GPU")
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of benchmarks/, tests/gpu, tests/emulator or tests/model by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("benchmarks", "tests/gpu", "tests/emulator", "tests/model"):
+            patch.syspath_prepend(ROOT / folder)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def check(modules: Callable[[str], ModuleType]) -> ModuleType:
+    return modules("gpu_check")
+
+
+@pytest.fixture(scope="module")
+def emulated(modules: Callable[[str], ModuleType]) -> Path:
+    """The library with the emulated kernels."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler: install g++")
+    return Path(modules("emulated").build())
+
+
+def run(command: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+# ---- The command
+
+
+@no_gpu
+def test_without_a_gpu_it_says_so_in_one_line():
+    result = run([sys.executable, "-S", ORCHESTRATOR])
+    assert result.returncode == 2
+    assert result.stdout.count("\n") == 1
+    assert result.stdout.startswith(f"gpu-check: nothing was run: {gpu.why_none()}")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "tests"], "invalid choice: 'tests'"),
+        (["--minutes", "0"], "--minutes is 0: it must be above 0"),
+        (["--architecture", "9.0", "--only", "build"], "write compute capability 9.0 as 90"),
+    ],
+)
+def test_a_wrong_argument_is_refused(check, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        check.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_compiler_is_said_before_anything_is_run(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    monkeypatch.setattr(check, "TOOLKIT", tmp_path)
+    lines: list[str] = []
+    assert check.main(["--only", "build", "--architecture", "90"], lines.append) == 2
+    assert "no nvcc: put it on PATH or set CUDACXX" in "".join(lines)
+
+
+@pytest.mark.slow
+def test_the_build_it_makes_works(check):
+    try:
+        check.find_nvcc(), check.find_cmake()
+    except check.CannotStartError as reason:
+        pytest.skip(str(reason))
+    folder = ROOT / "build" / "gpu-check-test"
+    lines: list[str] = []
+    assert check.main(["--only", "build", "--architecture", "90", "--build", str(folder)], lines.append) == 0, "".join(lines)
+    assert "gpu-check: ok: 1 of 1 steps ran" in lines[-1]
+    with_plugin = "with the TensorRT plugin" in "".join(lines)
+    assert (folder / "libmra_attention.so").is_file()
+    assert (folder / "libmra_trt.so").is_file() == with_plugin
+    for program in ["sanitizer_driver", *(["plugin_check"] if with_plugin else [])]:
+        if not gpu.devices():  # linked, loaded, and stopped by the first call that needs a GPU
+            result = run([folder / program])
+            assert result.returncode == 1
+            assert "FAIL cudaStreamCreateWithFlags" in result.stderr
+
+
+# ---- Steps: what they say when they fail or lack something
+
+
+def workplace(check: ModuleType, build: Path, seconds: float = 20) -> Any:
+    return check.Workplace(build, nvcc=build / "bin" / "nvcc", cmake=("cmake",), architecture="90", seconds=seconds)
+
+
+def test_a_step_that_hangs_is_stopped_with_all_it_started(check, tmp_path):
+    check.ROOT, root = tmp_path, check.ROOT
+    try:
+        started = time.monotonic()
+        marker = tmp_path / "survivor"
+        child = f"sleep 2; touch {marker}"
+        with pytest.raises(check.FailedError, match=r"not done after 1 s; last output: begun; log: logs/hang.txt"):
+            workplace(check, tmp_path, seconds=1).run("hang", ["sh", "-c", f"echo begun; sh -c '{child}' & wait"])
+        assert time.monotonic() - started < 2
+        time.sleep(max(0.0, started + 2.5 - time.monotonic()))
+        assert not marker.exists()
+        assert "begun" in (tmp_path / "logs" / "hang.txt").read_text()
+    finally:
+        check.ROOT = root
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "text"),
+    [
+        ("echo 'ok   one'; echo 'FAIL two: wrong'; echo 1 failed; exit 1", "FailedError", r"two: wrong \(exit status 1; log: "),
+        ("echo 'SKIP all: no GPU'; exit 77", "LeftOutError", "^no GPU$"),
+        ("exit 3", "FailedError", "it said nothing"),
+    ],
+)
+def test_how_a_check_ended_is_told(check, tmp_path, script, error, text):
+    with pytest.raises(getattr(check, error), match=text):
+        workplace(check, tmp_path).check("name", ["sh", "-c", script])
+
+
+def test_steps_left_out_say_what_is_missing(check, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    place = workplace(check, tmp_path)
+    with pytest.raises(check.LeftOutError, match=r"compute-sanitizer is neither on PATH nor beside nvcc: it comes with"):
+        check.sanitizer(place, "memcheck")
+    with pytest.raises(check.LeftOutError, match=r"no TensorRT headers; set TENSORRT_ROOT, or.*fetch_headers.py"):
+        check.plugin(place)
+
+
+@pytest.mark.parametrize("step", ["kernels", "benchmark", "authors"])
+def test_a_python_without_packages_is_told_not_tripped_over(step, tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ORCHESTRATOR.parent)!r}); import gpu_check as c; from pathlib import Path\n"
+        f"place = c.Workplace(Path({str(tmp_path)!r}), Path('nvcc'), ('cmake',), '90', 9.0)\n"
+        f"try: c.{step}(place)\n"
+        "except c.LeftOutError as reason: print(reason)"
+    )
+    result = run([sys.executable, "-S", "-c", code])
+    assert result.stderr == ""
+    assert "has no numpy, torch" in result.stdout
+    assert "pip install numpy torch" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["model_check.py", "engine_check.py"])
+def test_a_check_without_packages_is_left_out(script):
+    result = run([sys.executable, "-S", GPU_TESTS / script], PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stderr) == (77, "")
+    assert result.stdout.startswith(f"SKIP all: {sys.executable} has no numpy, torch, transformers")
+    assert "pip install numpy torch transformers" in result.stdout
+
+
+@no_gpu
+def test_a_check_without_a_gpu_is_left_out(check, tmp_path):
+    with pytest.raises(check.LeftOutError, match="finds no CUDA GPU"):
+        workplace(check, tmp_path).script("benchmark", "benchmarks/gpu_attention.py")
+
+
+CLEAN = ["========= COMPUTE-SANITIZER", "33 shapes, all right", "========= ERROR SUMMARY: 0 errors"]
+
+
+def test_a_clean_sanitizer_run_passes(check):
+    assert check.sanitizer_verdict(CLEAN) == "ERROR SUMMARY: 0 errors, over 33 shapes"
+    race = [*CLEAN[:2], "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
+    assert check.sanitizer_verdict(race).startswith("RACECHECK SUMMARY: 0 hazards")
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "text"),
+    [
+        ([*CLEAN[:2], "========= ERROR SUMMARY: 2 errors"], "FailedError", "ERROR SUMMARY: 2 errors"),
+        ([*CLEAN[:2], "========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)"], "FailedError", "1 hazard"),
+        (["FAIL B 1: 7.00 of the tolerance", CLEAN[2]], "FailedError", "7.00 of the tolerance; ERROR SUMMARY"),
+        (CLEAN[1:2], "FailedError", "without its summary"),
+        ([CLEAN[0], CLEAN[2]], "FailedError", "without its summary"),
+        ([], "FailedError", "no output"),
+        (["========= Error: Device not supported", "FAIL cudaMalloc: unknown"], "LeftOutError", "does not work on this machine"),
+    ],
+)
+def test_anything_else_does_not(check, lines, error, text):
+    with pytest.raises(getattr(check, error), match=text):
+        check.sanitizer_verdict(lines)
+
+
+def steps_of(check: ModuleType, **outcomes: Any) -> list[Any]:
+    def step(name: str, outcome: Any) -> Any:
+        def act(place: Any) -> Any:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return check.Outcome(outcome)
+
+        return check.Step(name, name, 20, act)
+
+    return [step(name, outcome) for name, outcome in outcomes.items()]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "text"),
+    [
+        ({"build": "fine", "kernels": "fine"}, 0, "ok: 2 of 2 steps ran, 0 left out"),
+        ({"build": "fine", "kernels": "fine", "engine": ("LeftOutError", "no TensorRT")}, 0, "ok: 2 of 3 steps ran, 1 left out"),
+        ({"build": "fine", "kernels": ("LeftOutError", "no torch")}, 1, "the kernel tests did not run: no torch"),
+        ({"build": "fine", "kernels": "fine", "model": ("FailedError", "wrong")}, 1, "FAILED: model"),
+        ({"build": ("FailedError", "nvcc"), "kernels": "never run"}, 1, "FAILED: build"),
+    ],
+)
+def test_the_exit_status(check, tmp_path, outcomes, status, text):
+    made = {n: getattr(check, o[0])(o[1]) if isinstance(o, tuple) else o for n, o in outcomes.items()}
+    steps = steps_of(check, **made)
+    lines: list[str] = []
+    done = check.run_steps(steps, lambda step: workplace(check, tmp_path), lines.append)
+    assert check.verdict(done, steps)[0] == status
+    assert text in check.verdict(done, steps)[1]
+    assert len(lines) == 2 * len(steps)
+    if isinstance(made["build"], Exception):
+        assert "left out, 0.0 s: the build failed" in lines[-1]
+
+
+def test_a_step_does_not_begin_when_the_time_is_over(check, tmp_path):
+    place = workplace(check, tmp_path, seconds=1)
+    lines: list[str] = []
+    done = check.run_steps(steps_of(check, kernels="never run"), lambda step: place, lines.append)
+    assert done[0]["detail"] == "no time is left: pass more with --minutes"
+
+
+# ---- Results
+
+
+def contestant(how: str, graph: float | None = None, calls: float | None = None, left_out: str = "") -> dict[str, Any]:
+    times = {
+        kind: {"median": t, "lower_quartile": t - 1, "upper_quartile": t + 1, "fastest": t - 2, "rounds": 9}
+        for kind, t in (("graph", graph), ("calls", calls))
+        if t is not None
+    }
+    return {"how": how, "left_out": left_out, "times_us": times}
+
+
+def row(dtype: str, goal: float | None, **contestants: Any) -> dict[str, Any]:
+    shape = {"model": "base-512-4", "batch": 8, "length": 4096, "num_blocks": 512, "goal": goal, "dtype": dtype}
+    return {**shape, "roofline_us": 25.0, "contestants": {name.replace("_", " "): c for name, c in contestants.items()}}
+
+
+RESULT = {
+    "date": "2001-02-03",
+    "machine": {"gpu": "Made Up 9000", "nvcc": "13.0", "driver": None},
+    "steps": [{"name": "build", "title": "build", "status": "ok", "seconds": 12.34, "detail": "a | b"}],
+    "benchmark": {
+        "ceilings": {"bytes_per_us": 4.2e6, "flops_per_us": {"bfloat16": 7.9e8}},
+        "rows": [
+            row(
+                "bfloat16",
+                120.0,
+                ours=contestant("mra_attention_cuda", 50.0, 60.0),
+                sdpa=contestant("torch chose flash, error 1e-03", 500.0, 510.0),
+                sdpa_cudnn=contestant("cudnn", 400.0, 410.0),
+                sdpa_efficient=contestant("efficient", left_out="no kernel"),
+            ),
+            row(
+                "float32",
+                120.0,
+                ours=contestant("mra_attention_cuda", 100.0, 110.0),
+                sdpa=contestant("torch chose efficient", 2000.0),
+                authors=contestant("float32", calls=1500.0),
+            ),
+        ],
+    },
+}
+
+
+def test_the_table(modules):
+    page = modules("gpu_report").markdown(RESULT)
+    assert page.startswith("# GPU check: Made Up 9000, 2001-02-03")
+    assert "| driver | not known |" in page
+    assert "| build | ok | 12.3 | a \\| b |" in page
+    assert "copy 4.20 TB/s, bfloat16 product 790 TFLOP/s" in page
+    narrow, wide = (line for line in page.splitlines() if line.startswith("| base-512-4"))
+    assert narrow == (
+        "| base-512-4 | 8 | 4096 | 512 | 50.0 (49.0-51.0) | 60.0 (59.0-61.0) | 120 | 50% | 500 (499-501) (flash) "
+        "| 400 (399-401) (cudnn) | 8.0x | 1500 (1499-1501) | 30.0x |"
+    )
+    assert "|  | 25% | 2000 (1999-2001) (efficient) | 2000 (1999-2001) (efficient) | 20.0x | 1500 (1499-1501) | 15.0x |" in wide
+    assert "- sdpa efficient, bfloat16: no kernel" in page
+    columns = {line.count("|") - line.count("\\|") for line in page.splitlines() if line.startswith(("| base", "| blocks"))}
+    assert columns == {14}
+
+
+def test_a_wrong_kernel_has_no_times(modules):
+    broken = json.loads(json.dumps(RESULT))
+    broken["benchmark"]["rows"][0]["contestants"]["ours"] = contestant("", left_out="wrong, so not timed")
+    page = modules("gpu_report").markdown(broken)
+    assert "| base-512-4 | 8 | 4096 | 512 | - | - | 120 | - | 500 (499-501) (flash) | 400 (399-401) (cudnn) | - |" in page
+    assert "- ours, bfloat16: wrong, so not timed" in page
+
+
+def test_a_run_without_a_benchmark_says_that_nothing_was_measured(modules):
+    assert "Not measured in this run." in modules("gpu_report").markdown({**RESULT, "benchmark": None})
+
+
+def test_results_are_written_under_the_gpus_name(check, tmp_path):
+    json_path, page = check.save(RESULT, tmp_path / "results")
+    assert (json_path.name, page.name) == ("gpu-made-up-9000-2001-02-03.json", "gpu-made-up-9000-2001-02-03.md")
+    assert json.loads(json_path.read_text()) == RESULT
+
+
+# ---- The programs on the emulated kernels
+
+
+FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DMRA_CUDA_EMULATION")
+INCLUDES = (*(f"-I{PLUGINS / name}" for name in ("include", "common", "cuda")), f"-I{GPU_TESTS}")
+
+
+def compiled(source: Path, folder: Path, *includes: str) -> Path:
+    """The object file of a source for the host."""
+    target = folder / f"{source.name}.o"
+    compiler = os.environ.get("CXX", "g++")
+    result = run([compiler, *FLAGS, *includes, *INCLUDES, "-c", "-x", "c++", source, "-o", target])
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def linked(emulated: Path, *objects: Path) -> Path:
+    """The program of these objects and the emulated kernels, beside the last one."""
+    target = objects[-1].with_suffix(".program")
+    command = [os.environ.get("CXX", "g++"), *objects, emulated, f"-Wl,-rpath,{emulated.parent}", "-ldl", "-lpthread", "-o", target]
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def test_the_sanitizer_driver_on_the_emulated_kernels(emulated, tmp_path):
+    program = linked(emulated, compiled(GPU_TESTS / "sanitizer_driver.cu", tmp_path))
+    result = run([program, "--quick"])
+    assert result.returncode == 0, result.stdout
+    assert last_line(result.stdout) == "24 shapes, all right"
+    assert result.stdout.count("ok   ") == 24
+
+
+def test_the_sanitizer_driver_sees_a_wrong_value(emulated, tmp_path):
+    for name in ("sanitizer_driver.cu", "attention_case.h", "device_memory.h"):
+        text = (GPU_TESTS / name).read_text()
+        if name == "attention_case.h":
+            assert "return sum * p.scale;" in text
+            text = text.replace("return sum * p.scale;", "return sum * p.scale * 1.02;")
+        (tmp_path / name).write_text(text)
+    program = linked(emulated, compiled(tmp_path / "sanitizer_driver.cu", tmp_path, f"-I{tmp_path}"))
+    result = run([program, "--quick"])
+    assert result.returncode == 1
+    assert last_line(result.stdout).startswith("FAIL B ")
+
+
+@pytest.fixture(scope="module")
+def plugin_includes() -> tuple[str, ...]:
+    spec = importlib.util.spec_from_file_location("fetch_headers", PLUGINS / "tensorrt" / "fetch_headers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.find()
+    if found is None:
+        pytest.skip("no TensorRT headers: run python mra_export/plugins/tensorrt/fetch_headers.py")
+    return "-isystem", str(found), f"-I{ROOT / 'tests' / 'tensorrt' / 'host'}"
+
+
+@pytest.fixture(scope="module")
+def plugin_driver(plugin_includes: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(GPU_TESTS / "plugin_check.cu", tmp_path_factory.mktemp("plugin"), *plugin_includes)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong version"])
+def test_the_plugin_driven_directly(emulated, plugin_includes, plugin_driver, tmp_path, wrong):
+    plugin = PLUGINS / "mra_attention_plugin.cu"
+    if wrong:
+        text = plugin.read_text()
+        assert 'kVersion[] = "1"' in text
+        plugin = tmp_path / plugin.name
+        plugin.write_text(text.replace('kVersion[] = "1"', 'kVersion[] = "2"'))
+    result = run([linked(emulated, plugin_driver, compiled(plugin, tmp_path, *plugin_includes))])
+    if wrong:
+        assert result.returncode == 1
+        assert "FAIL the plugin's version" in result.stdout
+    else:
+        assert result.returncode == 0, result.stdout
+        assert result.stdout.count("ok   ") == 8
+        assert last_line(result.stdout) == "0 failed"
+
+
+def test_the_kernel_check_needs_no_transformers(emulated, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('hidden')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    script = [GPU_TESTS / "kernel_check.py", "--device", "cpu", "--library", emulated, "--only", "ties"]
+    result = run([sys.executable, *script], PYTHONPATH=path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok   ties" in result.stdout
+
+
+def test_the_model_check_on_the_emulated_kernels(modules, emulated, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    script = modules("model_check")
+    monkeypatch.setattr(script, "EMULATED_SHAPES", ((1, 200),))
+    monkeypatch.setattr(script, "CHECKPOINT", tmp_path / "none")  # random weights are smaller
+    lines: list[str] = []
+    arguments = ["--device", "cpu", "--library", str(emulated), "--json", str(tmp_path / "rows.json")]
+    assert script.main(arguments, lines.append) == 0, "".join(lines)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {(r["check"], r["backend"]) for r in rows if r["status"] == "pass"} == {
+        ("outputs", "torch"),
+        ("outputs", "kernel"),
+        ("outputs", "mra::attention"),
+        ("selection", "torch"),
+        ("selection", "kernel"),
+    }
+    assert len(rows) == 15
+
+    monkeypatch.setattr(script, "EMULATED_SHAPES", ((1, 5),))
+    right = script._Kernel.__call__
+    monkeypatch.setattr(script._Kernel, "__call__", lambda *a: (right(*a)[0] * 1.5, *right(*a)[1:]))
+    lines.clear()
+    assert script.main(arguments, lines.append) == 1
+    assert any(line.startswith("FAIL outputs: kernel, fp32") for line in lines)
+    assert not any(line.startswith("FAIL outputs: torch") for line in lines)
+
+
+@pytest.fixture
+def benchmark(modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark, small enough for the emulation."""
+    script = modules("gpu_attention")
+    monkeypatch.setattr(script, "HEADS", 2)
+    monkeypatch.setattr(script, "EMULATED_SHAPES", (script.Shape("base-512-4", 2, 96, 4),))
+    return script
+
+
+def test_the_benchmark_on_the_emulated_kernels(benchmark, emulated, tmp_path):
+    lines: list[str] = []
+    path = tmp_path / "rows.json"
+    status = benchmark.main(["--device", "cpu", "--library", str(emulated), "--seconds", "0.01", "--json", str(path)], lines.append)
+    assert status == 0, "".join(lines)
+    result = json.loads(path.read_text())
+    assert result["emulated"] is True
+    assert [r["dtype"] for r in result["rows"]] == ["bfloat16", "float32"]
+    for measured in result["rows"]:
+        assert measured["contestants"]["ours"]["times_us"]["calls"]["rounds"] >= 3
+        assert measured["contestants"]["sdpa"]["times_us"]["calls"]["median"] > 0
+    assert result["rows"][1]["contestants"]["authors"]["left_out"] == "not asked for: --authors-build"
+
+
+def test_the_benchmark_times_nothing_that_is_wrong(benchmark, emulated, monkeypatch):
+    right = benchmark.kernel_check.launch
+
+    def wrong(device, params, inputs, context, workspace):
+        right(device, params, inputs, context, workspace)
+        context[0, 0, 0] += 1
+
+    monkeypatch.setattr(benchmark.kernel_check, "launch", wrong)
+    lines: list[str] = []
+    assert benchmark.main(["--device", "cpu", "--library", str(emulated), "--dtype", "bfloat16"], lines.append) == 1
+    assert "ours left out (wrong, so not timed:" in "".join(lines)
+
+
+def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
+    script = modules("gpu_attention")
+    import torch
+
+    shape = script.Shape("base-512-4", 8, 4096, 512)
+    moving = script.roofline(shape, torch.bfloat16, script.Ceilings(4e6, {"bfloat16": 1e12}))
+    assert moving == pytest.approx(4 * 8 * 4096 * 768 * 2 / 4e6)
+    computing = script.roofline(shape, torch.bfloat16, script.Ceilings(1e12, {"bfloat16": 8e8}))
+    assert computing == pytest.approx(12.88e9 / 8e8, rel=1e-3)
+
+
+def test_the_authors_attention_is_called_as_they_meant_it(modules):
+    """With their three primitives in plain torch, as tests/model has them: the benchmark then finds that it agrees."""
+    pytest.importorskip("transformers.models.mra.modeling_mra")
+    script, primitives = modules("gpu_attention"), modules("test_upstream")
+    import torch
+
+    script.HEADS, heads = 2, script.HEADS
+    try:
+        device = script.Device(None, torch.device("cpu"), small=True)
+        for shape in (script.Shape("base-512-4", 2, 256, 16), script.Shape("base-4096-8-d3", 1, 256, 48, 3, 1)):
+            found = script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "")
+            assert found.left_out == ""
+            assert "100.00% of tokens agree" in found.how
+        sets = script.input_sets(device, shape, torch.float32)
+        context = script.authors(shape, sets, primitives, "").calls[0]()
+        assert script.authors_agree(context, sets[0], script.Shape("base-512-4", 1, 256, 4)) < script.AUTHORS_ROWS
+        for shape, why in ((script.Shape("", 1, 64, 3), "multiple"), (script.Shape("", 1, 12320, 4), "above 12288")):
+            assert why in script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "").left_out
+    finally:
+        script.HEADS = heads
+
+
+def test_authors_kernels_that_were_not_fetched_are_left_out(modules, monkeypatch):
+    script = modules("authors_kernels")
+    monkeypatch.setattr(script, "SOURCES", ROOT / ".downloads" / "not-there")
+    with pytest.raises(script.LeftOutError, match=r"where there is a network, run python benchmarks/authors_kernels.py"):
+        script.compile_kernels(ROOT / "build" / "never")
