@@ -359,8 +359,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     rows = []
     for shape in SHAPES if device.is_cuda else EMULATED_SHAPES:
         for dtype in dtypes:
-            rows.append(measure(clock, shape, dtype, options.seconds, found, kernels, reason))
-            write(line(rows[-1]) + "\n")
+            try:
+                rows.append(measure(clock, shape, dtype, options.seconds, found, kernels, reason))
+                write(line(rows[-1]) + "\n")
+            except torch.cuda.OutOfMemoryError:
+                write(f"SKIP {shape.model} B {shape.batch} N {shape.length} {_name(dtype)}: the GPU has too little memory\n")
             if device.is_cuda:
                 torch.cuda.empty_cache()
     if options.json:
@@ -373,7 +376,7 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row for row in rows if row["contestants"]["ours"]["left_out"]]
     write(f"{len(rows)} rows, {len(wrong)} wrong\n")
-    return 1 if wrong else 0
+    return 1 if wrong or not rows else 0
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Workplace:
             "MRA_EXPORT_LIBRARY_DIR": str(self.build),
             "HF_HUB_OFFLINE": "1",
             "TORCH_CUDA_ARCH_LIST": f"{self.architecture[:-1]}.{self.architecture[-1]}",
-            "CUDA_HOME": str(self.nvcc.parent.parent),
+            "CUDA_HOME": str(find_toolkit(self.nvcc)),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), str(self.nvcc.parent), os.environ.get("PATH", "")]),
         }
 
@@ -307,6 +307,13 @@ def find_nvcc() -> Path:
     raise CannotStartError("no nvcc: put it on PATH or set CUDACXX to it; it comes with the CUDA toolkit, 12.8 or newer")
 
 
+def find_toolkit(nvcc: Path) -> Path:
+    """The folder with CUDA's headers, for torch's extension builder: nvcc may be a link or a wrapper elsewhere."""
+    beside = nvcc.resolve().parent.parent
+    given = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    return next((folder for folder in (*given, beside, TOOLKIT) if (folder / "include" / "cuda_runtime.h").is_file()), beside)
+
+
 def find_cmake() -> tuple[str, ...]:
     """The command, from PATH, this Python's folder, or the wheel."""
     for candidate in (shutil.which("cmake"), str(Path(sys.executable).parent / "cmake")):
@@ -318,7 +325,7 @@ def find_cmake() -> tuple[str, ...]:
 
 
 def find_sanitizer(nvcc: Path) -> Path | None:
-    toolkit = nvcc.resolve().parent.parent
+    toolkit = find_toolkit(nvcc)
     for candidate in (shutil.which("compute-sanitizer"), nvcc.parent / "compute-sanitizer", toolkit / "bin" / "compute-sanitizer"):
         if candidate and Path(candidate).is_file():
             return Path(candidate)

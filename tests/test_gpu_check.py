@@ -187,6 +187,55 @@ def test_a_check_without_a_gpu_is_left_out(check, tmp_path):
         workplace(check, tmp_path).script("benchmark", "benchmarks/gpu_attention.py")
 
 
+def executable(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_toolkit_is_found_behind_a_wrapper(check, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(check, "TOOLKIT", tmp_path / "cuda")
+    nvcc = executable(tmp_path / "bin" / "nvcc")
+    assert check.find_toolkit(nvcc) == tmp_path
+    executable(tmp_path / "cuda" / "include" / "cuda_runtime.h")
+    assert check.find_toolkit(nvcc) == tmp_path / "cuda"
+    assert check.find_sanitizer(nvcc) is None
+    sanitizer = executable(tmp_path / "cuda" / "bin" / "compute-sanitizer")
+    assert check.find_sanitizer(nvcc) == sanitizer
+
+
+def test_the_command_from_steps_to_files(check, monkeypatch, tmp_path):
+    """A GPU in name only: the programs it would start are shell scripts."""
+    monkeypatch.setattr(check.gpu, "devices", lambda: (gpu.Gpu("Made Up 9000", "9.0"),))
+    monkeypatch.setattr(check, "TOOLKIT", tmp_path)
+    monkeypatch.setattr(check, "_TORCH", "print('{}')")  # importing torch takes seconds
+    monkeypatch.setenv("CUDACXX", str(executable(tmp_path / "nvcc", "echo release 13.0")))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    executable(tmp_path / "cmake")
+    tool = executable(tmp_path / "compute-sanitizer", 'echo "$@"', "echo 33 shapes, all right", "echo ERROR SUMMARY: 0 errors")
+    executable(tmp_path / "build" / "plugin_check", "echo 'ok   one'", "echo 0 failed")
+    arguments = ["--only", "plugin", "--only", "memcheck", "--build", str(tmp_path / "build"), "--out", str(tmp_path / "out")]
+    lines: list[str] = []
+    assert check.main(arguments, lines.append) == 0, "".join(lines)
+    text = "".join(lines)
+    assert text.startswith("Made Up 9000, sm_90, nvcc 13.0, torch ")
+    assert "[1/2] TensorRT plugin, driven directly (at most 60 s)\n      ok, " in text
+    assert ": 1 checks ok, driven directly\n" in text
+    assert text.endswith("gpu-check: ok: 2 of 2 steps ran, 0 left out\n")
+    assert "--tool memcheck --error-exitcode 1 --leak-check full" in (tmp_path / "build" / "logs" / "memcheck.txt").read_text()
+    (page,) = (tmp_path / "out").glob("gpu-made-up-9000-*.md")
+    assert "| compute-sanitizer memcheck | ok |" in page.read_text()
+    assert "Not measured in this run." in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["machine"]["compute_capability"] == "9.0"
+
+    tool.write_text("#!/bin/sh\necho 'FAIL B 1: wrong'\nexit 1\n")
+    assert check.main(arguments, lines.append) == 1
+    assert lines[-1] == "gpu-check: FAILED: compute-sanitizer memcheck\n"
+
+
 CLEAN = ["========= COMPUTE-SANITIZER", "33 shapes, all right", "========= ERROR SUMMARY: 0 errors"]
 
 
