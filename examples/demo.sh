@@ -18,7 +18,7 @@ step "3. Every runtime against PyTorch"
 run mra-export verify "$out/tiny" --json "$out/tiny-parity.json"
 
 step "4. Real text"
-run mra-export run "$out/tiny" --text "for i in range(<mask>):" --text "import os, <mask>"
+run mra-export run "$out/tiny" --text "for i in range(<mask>):" --text "def __init__(<mask>, name):"
 run mra-export inspect "$out/tiny"
 
 step "5. The same in half precision"
