@@ -353,7 +353,6 @@ def engine_command(talker: Talker, /, bundle: Path, engine_backend: str, **engin
     from mra_export.engine import build_engine
 
     options = _engine_options(engine_backend, **engine)
-    _share_processors()
     talker.progress(f"checking the files of {bundle}")
     _say_engine(talker, build_engine(Bundle.load(bundle), options, talker.progress))
 
@@ -388,6 +387,7 @@ def verify(
     """
     from mra_export.bundle import Bundle
 
+    _share_processors()
     talker.progress(f"checking the files of {bundle}")
     loaded = Bundle.load(bundle)
     from mra_export.report import write_atomically
