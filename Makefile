@@ -28,7 +28,7 @@ help: ## This list.
 .venv/tensorrt: .venv/packages mra_export/plugins/tensorrt/fetch_headers.py
 	@echo "Fetching what TensorRT engines need (optional)"
 	@$(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py || echo "No TensorRT headers: the plugin is left out"
-	@command -v nvcc $(CUDACXX) /usr/local/cuda/bin/nvcc >/dev/null || $(PIP) install -c constraints.txt $(NVCC) || echo "No CUDA compiler: the plugin is left out"
+	@{ command -v nvcc || command -v "$${CUDACXX:-none}" || command -v /usr/local/cuda/bin/nvcc; } >/dev/null || $(PIP) install -c constraints.txt $(NVCC) || echo "No CUDA compiler: the plugin is left out"
 	@$(PIP) install -c constraints.txt tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && \
 	  $(PIP) install -c constraints.txt --no-build-isolation --no-deps tensorrt-rtx-cu13 || echo "No TensorRT-RTX: engines are left out"
 	@touch $@
