@@ -36,7 +36,8 @@ class Tolerance:
 
     operator: one operator against its formula in float64, same inputs, selection forced equal.
     model: a whole model against PyTorch in float32, selection forced equal.
-    model_free: a whole model against PyTorch in float32, each with its own selection, so that near-ties may fall either way.
+    model_free: a whole model against PyTorch in float32, each with its own selection, so that near-ties may fall either way; asked
+    of 99 % of the values (parity.FREE_SHARE).
     near_tie: logit units. Two runtimes may choose different blocks where the scores are closer than this, nowhere else.
     """
 
@@ -57,7 +58,7 @@ operator: for 16 bits, twice the rounding of the result itself (2^-11 and 2^-8);
 model: twice what PyTorch itself needs at that precision on weights with sharp attention (fp16 1.3e-2, bf16 1.0e-1; measured by
 tests/test_verify.py) and a floor of a few units in the last place; for fp32, where PyTorch is the reference, ten times the
 largest difference seen between two correct runtimes (1.2e-5).
-model_free: a near-tie that falls the other way moves outputs by more than rounding does; what was seen, times three.
+model_free: near-ties of one layer move the scores of the next, so more than `model`, for the outputs that no flip hit.
 near_tie: at least ten times the widest seen in PyTorch at that precision (fp32 2.4e-6, fp16 1.4e-3, bf16 1.7e-2).
 """
 

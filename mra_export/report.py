@@ -195,13 +195,12 @@ def _summarise(backend: str, check: str, rows: list[Row]) -> dict[str, Any]:
         "max_rel": worst(max, "max_rel"),
         "cosine": worst(min, "cosine"),
         "argmax": worst(min, "argmax_agreement"),
-        "needs": worst(max, "smallest_tolerance"),
+        "needs": max((row.needed for row in compared if row.needed is not None), default=None),
         "allowed": next((row.tolerance for row in compared if row.tolerance is not None), None),
         "status": FAIL if failed else PASS if compared else SKIP,
         "reason": "",
     }
     if check == "selection" and compared and all(row.detail for row in compared):
-        line["needs"] = max(row.detail["largest_margin"] for row in compared)
         differing = sum(row.detail["differing"] for row in compared)
         line["reason"] = (
             f"lowest overlap of a layer {min(row.detail['overlap'] for row in compared):.2%}, {differing} near-ties differ"

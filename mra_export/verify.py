@@ -163,7 +163,19 @@ def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) 
             yield Row("outputs", subject.name, dtype, case.name, name, FAIL, "this output is missing")
             continue
         keep = real_positions(bundle, name, case.inputs)
-        yield judge("outputs", subject.name, dtype, case.name, name, actual[name], expected[name], allowed, keep=keep, note=note)
+        yield judge(
+            "outputs",
+            subject.name,
+            dtype,
+            case.name,
+            name,
+            actual[name],
+            expected[name],
+            allowed,
+            keep=keep,
+            free=subject.opaque,
+            note=note,
+        )
 
 
 def _follow(reference: _Reference, case: Case, choices: Sequence[Choice]) -> tuple[Arrays, list[Overlap]]:
@@ -209,7 +221,7 @@ def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) ->
     reason = ""
     if differing:
         reason = f"{differing} block pairs differ, the widest by {margin:.1e} (near-tie: {limit:.0e})"
-    return Row("selection", subject.name, dtype, case.name, "", status, reason, limit, None, detail)
+    return Row("selection", subject.name, dtype, case.name, "", status, reason, limit, None, margin, detail)
 
 
 @dataclass(frozen=True)
@@ -321,5 +333,14 @@ def _padding(subject: Subject) -> Iterator[Row]:
         actual = actual[:, :length] if keep is not None else actual
         case = f"{length} tokens alone and in a batch of {batch.inputs['input_ids'].shape[-1]}"
         yield judge(
-            "padding", subject.name, dtype, case, tensor.name, actual, single[tensor.name], TOLERANCES[dtype].model_free, keep=keep
+            "padding",
+            subject.name,
+            dtype,
+            case,
+            tensor.name,
+            actual,
+            single[tensor.name],
+            TOLERANCES[dtype].model_free,
+            keep=keep,
+            free=True,
         )

@@ -107,3 +107,23 @@ def test_a_report_needs_a_comparison_and_no_failure() -> None:
     assert not passed([good, bad])
     assert not passed([skipped])
     assert not passed([])
+
+
+def test_where_blocks_were_chosen_freely_one_token_in_a_hundred_may_be_off() -> None:
+    expected = np.zeros((200, 50))
+    actual = np.random.default_rng(0).normal(size=expected.shape) * 1e-6
+    actual[[3, 4]] *= 1e6  # two tokens whose every value moved
+    assert row(actual, expected).status == FAIL
+    free = row(actual, expected, free=True)
+    assert free.status == PASS
+    assert free.needed < 1e-5 < free.difference.smallest_tolerance
+    more = actual.copy()
+    more[[5, 6]] *= 1e6
+    assert row(more, expected, free=True).status == FAIL
+    lone = actual.copy()
+    lone[7, 7] = 1.0  # one value that moved alone
+    assert row(lone, expected, free=True).status == FAIL
+    lone[7, 7] = np.nan
+    assert row(lone, expected, free=True).status == FAIL
+    few = np.zeros(3)
+    assert row(few + np.array([0, 0, 1.0]), few, free=True).status == FAIL, "of few values every one counts"
