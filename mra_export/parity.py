@@ -18,7 +18,7 @@ FREE_SHARE = 0.99
 """A near-tie that falls the other way moves the outputs of 32 tokens as far as it likes, and says nothing about arithmetic. So,
 where blocks were chosen freely, this share of the values is judged."""
 LONE = 300
-"""A near-tie moves all values of a token. One whose error is this many times its token's median is something else, and judged too."""
+"""A near-tie moves all values of a token. One whose error is this many times its token's median is something else: judged too."""
 _LARGEST = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 22
 """Elements widened to float64 at a time: the logits of a large vocabulary are gigabytes as float64."""
