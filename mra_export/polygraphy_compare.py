@@ -15,7 +15,7 @@ import numpy as np
 
 from mra_export.bundle import Arrays, Bundle
 from mra_export.contract import TOLERANCES
-from mra_export.parity import FAIL, PASS, SKIP, Row
+from mra_export.parity import FAIL, FREE_SHARE, PASS, SKIP, Row
 from mra_export.runtime import MraRuntime, real_positions
 
 CHECK = "polygraphy"
@@ -37,10 +37,12 @@ def compare(bundle: Bundle, names: Sequence[str], inputs: Iterable[Arrays]) -> l
 
     tolerance = TOLERANCES[dtype].model_free
     batches = list(inputs)
-    elementwise = SimpleCompareFunc(atol=tolerance, rtol=tolerance, check_error_stat="elemwise", infinities_compare_equal=False)
+    # Each runtime chose its blocks freely: in 16 bits, where near-ties are common, the share of the golden rows is judged.
+    values = {"check_error_stat": "elemwise"} if dtype == "fp32" else {"check_error_stat": "quantile", "error_quantile": FREE_SHARE}
+    compare_values = SimpleCompareFunc(atol=tolerance, rtol=tolerance, infinities_compare_equal=False, **values)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = Comparator.run([runner(bundle, name, blank_padding=True) for name in names], data_loader=batches)
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=elementwise)
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare_values)
     rows = []
     for (name, other), compared in accuracy.items():
         for batch, outputs in zip(batches, compared, strict=True):
