@@ -1,13 +1,31 @@
-"""Which builds of the CPU kernel this machine can run."""
+"""The instruction sets that the CPU kernel is built for, and which of them this machine has."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+_NEEDS = {
+    "x86_64": {
+        "baseline": (),
+        "avx2": ("avx2", "fma", "f16c"),
+        "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"),
+    },
+    "aarch64": {"neon": ()},
+}
+"""Machine -> name for MRA_ATTENTION_CPU_TARGET -> the flags that /proc/cpuinfo must show."""
+
+NAMES = [name for names in _NEEDS.values() for name in names]
+
+
+@dataclass(frozen=True)
+class Target:
+    """emulated: about ten times slower, so tests make fewer rounds."""
+
+    name: str
+    emulated: bool
 
 
 def targets() -> list[str]:
-    if os.uname().machine in ("aarch64", "arm64"):
-        return ["neon"]
-    flags = Path("/proc/cpuinfo").read_text().split()
-    avx2 = "avx2" in flags and "fma" in flags
-    avx512 = all(f"avx512{part}" in flags for part in ("f", "bw", "dq", "vl"))
-    return ["baseline", *(["avx2"] if avx2 else []), *(["avx512"] if avx512 else [])]
+    """The ones that this machine can run itself."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return [name for name, needed in _NEEDS.get(os.uname().machine, {}).items() if flags.issuperset(needed)]

@@ -1,0 +1,12 @@
+# Toolchain file: the CPU libraries for 64-bit ARM, built on another machine and tested there under qemu-user (docs/kernels.md).
+# Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
+set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
+# An nvcc on PATH compiles for this machine.
+set(MRA_BUILD_CUDA OFF CACHE BOOL "Build the CUDA kernels")

@@ -1,0 +1,51 @@
+"""The instruction sets of the CPU kernel as a fixture."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aarch64
+import instruction_sets
+import pytest
+from driven_library import DrivenLibrary
+from instruction_sets import Target
+
+from mra_export import kernel, libraries
+
+VARIABLE = "MRA_ATTENTION_CPU_TARGET"
+
+
+@pytest.fixture(scope="module", params=instruction_sets.NAMES)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """mra_export.kernel runs on this instruction set: on this machine's own, or under an emulator. Skips where neither can be."""
+    name = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, name)
+        driven = None
+        if name in instruction_sets.targets():
+            library = _load_copy(tmp_path_factory.mktemp(name), patch)
+        elif name == "neon":
+            library = driven = DrivenLibrary([*aarch64.EMULATOR, aarch64.build() / "mra_attention_driver"])
+        else:
+            pytest.skip(f"this machine has no {name}")
+        try:
+            patch.setattr(kernel, "library", lambda: library)
+            assert kernel.cpu_target() == name
+            patch.delenv(VARIABLE)
+            yield Target(name, emulated=driven is not None)
+        finally:
+            if driven:
+                driven.close()
+
+
+def _load_copy(folder: Path, patch: pytest.MonkeyPatch) -> Any:
+    """Another instance of the library: one asks for its instruction set once, at the first call."""
+    if not kernel.available():
+        pytest.skip("libmra_attention is not built: pip install -e .")
+    shutil.copy(libraries.require("kernels"), folder)
+    with patch.context() as during:
+        during.setenv(libraries.DIRECTORY_VARIABLE, str(folder))
+        return kernel.library.__wrapped__()

@@ -1,0 +1,52 @@
+"""The build for 64-bit ARM beyond what test_kernel.py runs on it: the hostile program, the ONNX Runtime adapter, docs/kernels.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import aarch64
+import pytest
+
+
+@pytest.fixture(scope="module")
+def built() -> Path:
+    return aarch64.build()
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=aarch64.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_hostile_shapes(built: Path) -> None:
+    assert run(*aarch64.EMULATOR, built / "mra_attention_hostile", "40").strip() == "neon: 42 cases"
+
+
+@pytest.mark.parametrize(
+    ("library", "exported"),
+    [("libmra_attention.so", "mra_attention_cpu"), ("libmra_ort.so", "RegisterCustomOps")],
+)
+def test_libraries(built: Path, library: str, exported: str) -> None:
+    """For the right machine, with plain C names only, and needing nothing beyond the C and C++ run-time libraries."""
+    report = run("aarch64-linux-gnu-readelf", "--wide", "--file-header", "--dynamic", "--dyn-syms", built / library)
+    assert re.search(r"Machine:\s+AArch64", report)
+    names = set(re.findall(r"(?:GLOBAL|WEAK)\s+DEFAULT\s+\d+ (\S+)", report))
+    assert exported in names
+    assert not [name for name in names if name.startswith("_Z")]
+    needed = set(re.findall(r"NEEDED.*\[(\S+?)\.so", report))
+    assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "ld-linux-aarch64"}
+
+
+def test_documented_commands() -> None:
+    if reason := aarch64.missing():
+        pytest.skip(reason)
+    page = (aarch64.ROOT / "docs" / "kernels.md").read_text()
+    (block,) = re.findall(r"^```console title=aarch64\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^\$ (.*)", block.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) == 3
+    with aarch64.alone():
+        outputs = [run("bash", "-euc", command) for command in commands]
+    assert outputs[-1] == block.splitlines()[-1] + "\n"
