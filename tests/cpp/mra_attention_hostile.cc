@@ -1,5 +1,6 @@
 // Runs the CPU kernel over hostile shapes and contents, in memory of exactly the documented size. Built with sanitizers by
-// tests/plugins/test_sanitized.py; exits 1 with a line that names the case when a result is wrong.
+// tests/plugins/test_sanitized.py and for 64-bit ARM by test_aarch64.py; exits 1 with a line that names the case when a result is
+// wrong.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -6,6 +6,7 @@ copy of every tensor, so it also checks what only it can see: nothing is written
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -68,7 +69,8 @@ class DrivenLibrary:
         self._reader.start()
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._reader.join(60)
         self._process.kill()
         self._process.wait()

@@ -1,10 +1,12 @@
-"""The build for 64-bit ARM beyond what test_kernel.py runs on it: the hostile program, the ONNX Runtime adapter, docs/kernels.md."""
+"""The build for 64-bit ARM beyond what test_kernel.py runs: the hostile program, the ONNX Runtime adapter, the documentation."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import aarch64
 import pytest
@@ -16,7 +18,9 @@ def built() -> Path:
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=aarch64.ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=aarch64.ROOT, env=aarch64.ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -38,6 +42,16 @@ def test_libraries(built: Path, library: str, exported: str) -> None:
     assert not [name for name in names if name.startswith("_Z")]
     needed = set(re.findall(r"NEEDED.*\[(\S+?)\.so", report))
     assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "ld-linux-aarch64"}
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(aarch64.ENVIRONMENT, "PATH", str(tmp_path))
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    with pytest.raises(pytest.skip.Exception, match=r"not on PATH: .*apt install g\+\+-aarch64-linux-gnu.*apt install qemu-user"):
+        aarch64.build()
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
+    with pytest.raises(pytest.skip.Exception, match="its own build is tested"):
+        aarch64.build()
 
 
 def test_documented_commands() -> None:
