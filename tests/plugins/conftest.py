@@ -27,12 +27,13 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         driven = None
         if name in instruction_sets.targets():
             library = _load_copy(tmp_path_factory.mktemp(name), patch)
-        elif name == "neon":
-            library = driven = DrivenLibrary([*aarch64.EMULATOR, aarch64.build() / "mra_attention_driver"])
+            patch.setattr(kernel, "library", lambda: library)
+        elif name in instruction_sets.FLAGS["aarch64"]:
+            driven = DrivenLibrary([*aarch64.EMULATOR, aarch64.build() / "mra_attention_driver"])
+            driven.stand_in(patch)
         else:
             pytest.skip(f"this machine has no {name}")
         try:
-            patch.setattr(kernel, "library", lambda: library)
             assert kernel.cpu_target() == name
             patch.delenv(VARIABLE)
             yield Target(name, emulated=driven is not None)

@@ -18,6 +18,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mra_export import kernel
 
 TARGET, CONTRACT_VERSION, STATUS_STRING, WORKSPACE_SIZE, ATTENTION, SELECTION = range(6)
@@ -50,8 +52,8 @@ class DrivenLibrary:
     mra_parallel_for_std = _std
     mra_parallel_for_openmp = _openmp
 
-    def __init__(self, command: list[str | Path], environment: dict[str, str] | None = None) -> None:
-        """command: runs the driver. environment: variables for it, beside this process's own."""
+    def __init__(self, command: list[str | Path]) -> None:
+        """command: runs the driver, in this process's environment."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the driver
         self._process = subprocess.Popen(
             [str(part) for part in command],
@@ -59,7 +61,7 @@ class DrivenLibrary:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             # Many more threads than cores, and an emulator: waiting must not spin.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )
         self._ids = itertools.count()
         self._answers: dict[int, queue.SimpleQueue[bytes | None]] = {}
@@ -67,6 +69,12 @@ class DrivenLibrary:
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """mra_export.kernel calls this library from now on, each time with a workspace of exactly the size that it needs."""
+        patch.setattr(kernel, "library", lambda: self)
+        patch.setattr(kernel, "_KEPT_WORKSPACE_BYTES", 0)
+        patch.setattr(kernel, "_kept", kernel._Kept())
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

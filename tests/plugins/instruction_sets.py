@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-_NEEDS = {
+FLAGS = {
     "x86_64": {
         "baseline": (),
         "avx2": ("avx2", "fma", "f16c"),
@@ -14,7 +14,7 @@ _NEEDS = {
 }
 """Machine -> name for MRA_ATTENTION_CPU_TARGET -> the flags that /proc/cpuinfo must show."""
 
-NAMES = [name for names in _NEEDS.values() for name in names]
+NAMES = [name for names in FLAGS.values() for name in names]
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,4 @@ class Target:
 def targets() -> list[str]:
     """The ones that this machine can run itself."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    return [name for name, needed in _NEEDS.get(os.uname().machine, {}).items() if flags.issuperset(needed)]
+    return [name for name, needed in FLAGS.get(os.uname().machine, {}).items() if flags.issuperset(needed)]

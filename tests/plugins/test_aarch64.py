@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import aarch64
+import instruction_sets
 import pytest
 
 
@@ -25,8 +26,10 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def test_hostile_shapes(built: Path) -> None:
-    assert run(*aarch64.EMULATOR, built / "mra_attention_hostile", "40").strip() == "neon: 42 cases"
+@pytest.mark.parametrize("name", instruction_sets.FLAGS["aarch64"])
+def test_hostile_shapes(name: str, built: Path) -> None:
+    command = ["env", f"MRA_ATTENTION_CPU_TARGET={name}", *aarch64.EMULATOR, built / "mra_attention_hostile", "40"]
+    assert run(*command).strip() == f"{name}: 42 cases"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def library(program: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DrivenLibrary]:
     driven = DrivenLibrary([program])
-    monkeypatch.setattr(kernel, "library", lambda: driven)
+    driven.stand_in(monkeypatch)
     yield driven
     driven.close()
 
