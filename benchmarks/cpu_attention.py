@@ -8,37 +8,20 @@ The kernel's answer is checked before it is timed. The two take turns, so that w
 from __future__ import annotations
 
 import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from measure import Timing, machine, matmul_gflops, take_turns
 
-import mra_export
 from mra_export import kernel
 from mra_export.contract import BLOCK_SIZE, Attributes, attention_scale
 from mra_export.model.attention import Selection, mra_attention
 
 CHECK_TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest absolute error beside the reference in float32, for inputs of unit size: rounding of the output type, and a floor."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    fastest: float
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -56,21 +39,6 @@ class Row:
     @property
     def speedup(self) -> float | None:
         return self.peer.median / self.ours.median if self.peer else None
-
-
-def take_turns(calls: list[Callable[[], object]], seconds: float) -> list[Timing]:
-    """Times each call in turn until `seconds` are over for all of them together; at least five rounds."""
-    for call in calls:
-        call()  # warm: pages, caches, thread pool
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or time.perf_counter() < end:
-        for call, kept in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            kept.append((time.perf_counter() - start) * 1e3)
-    quartiles = [statistics.quantiles(kept, n=4) for kept in times]
-    return [Timing(q[1], q[0], q[2], min(kept), len(kept)) for q, kept in zip(quartiles, times, strict=True)]
 
 
 def measure(
@@ -121,38 +89,6 @@ def check(
     if not error <= CHECK_TOLERANCE[dtype]:
         raise click.ClickException(f"N {query.shape[1]} {dtype}: error {error:.3g} is above {CHECK_TOLERANCE[dtype]}: not timed")
     return error
-
-
-def matmul_gflops(seconds: float) -> float:
-    """What a large float32 matrix product reaches here, on torch's threads."""
-    a = torch.randn(1536, 1536)
-    timing = take_turns([lambda: a @ a], seconds)[0]
-    return 2 * 1536**3 / timing.median / 1e6
-
-
-def machine() -> dict[str, object]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "instruction_set": kernel.cpu_target(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "mra_export": mra_export.__version__,
-        "commit": commit or "unknown",
-    }
 
 
 @click.command(help=__doc__)
