@@ -36,8 +36,8 @@ class Timing:
 def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: float = 0.0, turn: float = 0.0) -> list[Timing]:
     """Times each call in turn until `seconds` are over for all of them together; at least five calls of each.
 
-    rest: seconds of quiet before each turn, for calls whose thread pools differ (REST); the first call after it is not counted.
-    turn: seconds that one turn lasts, at least one call, so that the rest is paid once for many short calls.
+    rest: seconds of quiet before each turn, for calls whose thread pools differ (REST). turn: seconds that one turn lasts, at least
+    one call, so that the rest is paid once for many short calls. The first call after a rest is not counted where it is short.
     """
     for call in calls:
         call()  # warm: pages, caches, thread pool
@@ -47,7 +47,8 @@ def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: f
         for call, kept in zip(calls, times, strict=True):
             if rest:
                 time.sleep(rest)
-                call()
+                if not kept or min(kept) < turn * 1e3:
+                    call()
             until = time.perf_counter() + turn
             while True:
                 start = time.perf_counter()
@@ -60,11 +61,18 @@ def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: f
     return [Timing(q[1], q[0], q[2], min(kept), len(kept)) for q, kept in zip(quartiles, times, strict=True)]
 
 
+MATMUL_GFLOP = 2 * 1536**3 / 1e9
+
+
+def large_matmul() -> Callable[[], object]:
+    """A float32 product of two 1536 x 1536 matrices (MATMUL_GFLOP), on torch's threads: what the machine can reach at all."""
+    a = torch.randn(1536, 1536)
+    return lambda: a @ a
+
+
 def matmul_gflops(seconds: float) -> float:
     """What a large float32 matrix product reaches here, on torch's threads."""
-    a = torch.randn(1536, 1536)
-    timing = take_turns([lambda: a @ a], seconds)[0]
-    return 2 * 1536**3 / timing.median / 1e6
+    return MATMUL_GFLOP / take_turns([large_matmul()], seconds)[0].median * 1e3
 
 
 def machine() -> dict[str, object]:
