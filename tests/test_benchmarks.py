@@ -232,3 +232,136 @@ def test_a_compiler_gets_its_time_and_no_more(script, monkeypatch) -> None:
     p = peers.replace(p, compile_seconds=0.05)
     with pytest.raises(peers.LeftOutError, match=r"torch.compile took more than 0.05 s"):
         peers.open_peer("reference_compiled", p)
+
+
+# Stages
+
+CALLGRIND = """\
+version: 1
+events: Ir
+ob=/somewhere/mra_attention_stages
+fl=kernels.cc
+fn=PackHead<float>(int)'Pack'Run
+0 30
+calls=1 0
+0 999
+fn=Convert'PackHead<float>(int)'Pack'Run
+0 20
+fn=memset'Choose'Select'Run
+0 7
+fn=strlen
+0 1
+"""
+PERF = """\
+
+            1000 mra::avx2::(anonymous namespace)::PackHead<float>
+            2005 mra::(anonymous namespace)::Run
+
+
+            9000 memset
+          402005 Choose
+
+            9000 __strlen_avx2
+"""
+
+
+def test_callgrinds_costs_are_read_with_their_callers(script) -> None:
+    module = script("cpu_stages")
+    costs = module.parse_callgrind(CALLGRIND.splitlines())
+    assert costs == {
+        ("PackHead<float>(int)", "Pack", "Run"): 30,
+        ("Convert", "PackHead<float>(int)", "Pack", "Run"): 20,
+        ("memset", "Choose", "Select", "Run"): 7,
+        ("strlen",): 1,
+    }
+    found = module.stages(costs)
+    assert [(s.phase, s.name, s.cost) for s in found] == [("pack", "PackHead", 50), ("select", "Choose", 7), ("other", "strlen", 1)]
+    assert [s.share for s in found] == [50 / 58, 7 / 58, 1 / 58]
+
+
+def test_perfs_samples_are_read_with_their_callers(script) -> None:
+    module = script("cpu_stages")
+    costs = module.parse_perf(PERF.splitlines())
+    assert costs == {
+        ("mra::avx2::(anonymous namespace)::PackHead<float>", "mra::(anonymous namespace)::Run"): 1,
+        ("memset", "Choose"): 1,
+        ("__strlen_avx2",): 1,
+    }
+    assert {(s.phase, s.name) for s in module.stages(costs)} == {
+        ("pack", "PackHead"),
+        ("select", "Choose"),
+        ("other", "__strlen_avx2"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("void mra::avx2::(anonymous namespace)::PackHead<float>(mra::Problem const&, long, long)", "PackHead"),
+        ("mra::(anonymous namespace)::Run", "Run"),
+        ("Choose(int) [clone .constprop.0]", "Choose"),
+        ("mra::N_AVX3::LogitsOfBlocks<hwy::N_AVX3::Simd<float, 16ul, 0> >(float const*)", "LogitsOfBlocks"),
+        ("memset", "memset"),
+        ("??", "??"),
+    ],
+)
+def test_names_of_functions(script, function, name) -> None:
+    assert script("cpu_stages").short_name(function) == name
+
+
+def test_a_cost_belongs_to_the_innermost_stage(script) -> None:
+    stage_of = script("cpu_stages").stage_of
+    assert stage_of(("Exp2", "SoftmaxOfBlocks<float>()", "LowResolution()", "Run")) == ("attend", "SoftmaxOfBlocks")
+    assert stage_of(("Helper()", "Attend", "Run")) == ("other", "Helper")
+
+
+def test_the_table_of_stages(script) -> None:
+    from collections import Counter
+
+    module = script("cpu_stages")
+    found = module.stages(Counter({("Choose",): 6000, ("Helper",): 3996, ("strlen",): 3, ("getenv",): 1}))
+    assert [(s.phase, s.name, s.share) for s in found] == [
+        ("select", "Choose", 0.6),
+        ("other", "Helper", 0.3996),
+        ("other", "the rest", 0.0004),
+    ]
+    table = module.table(module.Profile("callgrind", "avx2", 10000, 20000, found))
+    assert "| | Choose | 60.0% | 0.3000 |" in table
+    assert "| **other** | | **40.0%** | **0.2000** |" in table
+    assert "| **all** | | | **0.5000** |" in table
+    assert "| | Choose | 60.0% | 1.2000 |" in module.table(module.Profile("perf", "avx2", 2.0, 20000, found))
+
+
+def test_the_stages_are_those_that_the_kernel_marks(script) -> None:
+    source = (ROOT / "mra_export" / "plugins" / "cpu" / "mra_attention_kernels.cc").read_text()
+    marked = set(re.findall(r"\bMRA_STAGE\b[^;{}()]*?\b(\w+)\(", source))
+    if not marked:
+        pytest.skip("this kernel marks no stage")
+    assert marked == set(script("cpu_stages").STAGES)
+
+
+@pytest.mark.slow
+def test_callgrind_sees_the_kernels_stages(tmp_path) -> None:
+    import platform
+    import shutil
+
+    missing = [program for program in ("cmake", "c++", "valgrind") if shutil.which(program) is None]
+    if missing or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"needs {', '.join(missing) or 'an x86-64 machine'}")
+    arguments = ["--length", "96", "--heads", "2", "--head-size", "32", "--blocks-per-row", "1", "--tool", "callgrind"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cpu_stages.py"), *arguments, "--json", str(tmp_path / "s.json")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (profile,) = json.loads((tmp_path / "s.json").read_text())["profiles"]
+    assert profile["instruction_set"] == "avx2"
+    assert profile["multiply_adds"] == 3 * 1024 * 2 * 32 * 2
+    assert 0.1 < profile["total"] / profile["multiply_adds"] < 10, "8 to an instruction at best"
+    shares = {stage["name"]: stage["share"] for stage in profile["stages"]}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert "PackHead" in shares
+    assert "| **pack** |" in done.stdout
