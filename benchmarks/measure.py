@@ -19,7 +19,7 @@ from mra_export import kernel
 REST = 0.03
 """Seconds to wait before another library's turn: the threads of the one that ran spin that long for more work (OpenMP's and ONNX
 Runtime's do, some milliseconds), on the cores that the next one needs."""
-_LEAST_CALLS = 5
+_LEAST_CALLS = 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Timing:
 
 
 def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: float = 0.0, turn: float = 0.0) -> list[Timing]:
-    """Times each call in turn until `seconds` are over for all of them together; at least five calls of each.
+    """Times each call in turn until `seconds` are over for all of them together; at least three calls of each.
 
     rest: seconds of quiet before each turn, for calls whose thread pools differ (REST). turn: seconds that one turn lasts, at least
     one call, so that the rest is paid once for many short calls. The first call after a rest is not counted where it is short.
