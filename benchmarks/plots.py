@@ -42,7 +42,10 @@ def draw(results: tables.Results, folder: Path) -> list[Path]:
             second.set_ylabel("microseconds a token")
         else:
             figure.suptitle(f"{results['machine']['cpu']}, N = {chosen[0]['length']}, float32")
-            one = {peer: tables.median(chosen[0], peer) for peer in chosen[0]["timings"]}
+            one: dict[str, float] = {}
+            for row in chosen:
+                for peer in row["timings"]:
+                    one.setdefault(peer, tables.median(row, peer))
             _lines(second, chosen, x, lambda row, peer, one=one: one[peer] / tables.median(row, peer), logarithmic=False)
             second.set_ylabel(f"times as fast as with {chosen[0]['threads']}")
         path = folder / f"cpu-attention-{name}.svg"
