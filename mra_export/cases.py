@@ -66,6 +66,12 @@ def random_case(bundle: Bundle, batch: int, length: int, seed: int, ragged: bool
     return Case(name, {tensor.name: inputs[tensor.name] for tensor in bundle.manifest.inputs})
 
 
+def function_body_bytes(bundle: Bundle, rows: int, length: int) -> int:
+    """What the graph's function body takes at once for this many rows (choices are rows too): it forms N x N."""
+    # Token logits, tiles, mixed, kept, weights and one spare, in float32.
+    return 6 * rows * bundle.manifest.model.num_attention_heads * length * length * 4
+
+
 def text_cases(bundle: Bundle) -> list[Case]:
     """Two short texts in one batch and one of two thirds of the maximum, where the bundle has a tokenizer."""
     from mra_export.text import Tokenizer, has_tokenizer

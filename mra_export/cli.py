@@ -29,6 +29,7 @@ INTERRUPTED = 130
 _PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or pipe."""
 _VERIFY_BACKENDS = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference", "tensorrt")
+_BENCH_BACKENDS = ("auto", "torch", "onnxruntime", "onnxruntime-function", "tensorrt")
 _PRESETS = ("base-512-4", "base-4096-8-d3", "tiny")
 _TASKS = (
     "auto",
@@ -152,6 +153,7 @@ def main() -> None:
     mra-export engine BUNDLE                add a TensorRT engine to it
     mra-export run BUNDLE --text "..."      try it
     mra-export verify BUNDLE                compare every runtime with PyTorch
+    mra-export bench BUNDLE                 time them
 
     Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 1 anything else.
     """
@@ -404,6 +406,76 @@ def verify(
         raise ParityError(f"{len(failed)} of {len(report.rows)} comparisons failed")
     if not report.passed:
         raise ParityError("nothing could be compared: see the reasons in the table")
+
+
+@main.command("bench", cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(_BENCH_BACKENDS),
+    help="May be given several times: they take turns. Default auto.",
+)
+@click.option(
+    "--length", "lengths", multiple=True, type=click.IntRange(min=1), help="Tokens, several times; default 128 and the longest."
+)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="Rows of a call, several times; default 1.")
+@click.option(
+    "--mask", type=click.Choice(("full", "ragged")), default="full", show_default=True, help="ragged: rows of random lengths."
+)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default cuda for tensorrt, cpu for the others.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one call on a CPU; default the runtime's own.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Callers at once, on one runtime.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=3.0, show_default=True, help="For each row.")
+@click.option("--warmup", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Seconds before that, not counted.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random tokens.")
+@click.option("--engine", help="With --backend tensorrt: file name of the engine, where BUNDLE has several.")
+@click.option("--allow-embedded-plugin", is_flag=True, help="With --backend tensorrt: let the engine bring its own plugin code.")
+@click.option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: capture each shape once and replay it.")
+@click.option("--json", "json_file", type=OutputFile(), help="Write everything as JSON.")
+@click.option("--csv", "csv_file", type=OutputFile(), help="Write the table as CSV.")
+@click.option("--plot", "plot_file", type=OutputFile(), help="Draw it: a .png or .svg file; needs matplotlib.")
+@click.pass_obj
+def bench_command(
+    talker: Talker,
+    /,
+    bundle: Path,
+    backends: tuple[str, ...],
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    **options: Any,
+) -> None:
+    """Time BUNDLE: latency percentiles and throughput of its runtimes.
+
+    Each runtime is first compared with PyTorch's golden outputs; one that differs is not timed (exit code 3).
+
+    \b
+    Examples:
+      mra-export bench my-bundle
+      mra-export bench my-bundle --backend onnxruntime --backend torch --length 128 --length 512 --batch 1 --batch 8
+      mra-export bench my-bundle --threads 2 --concurrency 4 --mask ragged --json bench.json --plot bench.svg
+    """
+    from mra_export.bench import bench
+    from mra_export.bundle import Bundle
+    from mra_export.report import write_atomically
+
+    if plot_file is not None:
+        from mra_export.bench_plot import check_plot
+
+        check_plot(plot_file)
+    talker.progress(f"checking the files of {bundle}")
+    report = bench(Bundle.load(bundle), backends=backends or ("auto",), **options, progress=talker.progress)
+    if json_file is not None:
+        write_atomically(json_file, report.json())
+    if csv_file is not None:
+        write_atomically(csv_file, report.csv())
+    if plot_file is not None:
+        from mra_export.bench_plot import draw
+
+        write_atomically(plot_file, draw(report, plot_file.suffix))
+    talker.print(report.table())
 
 
 @main.command(cls=Command)

@@ -30,6 +30,7 @@ _PACKAGES = {
 _OPTIONAL_PACKAGES = {
     "tensorrt": ("TensorRT engines for the GPU of this machine", "pip install tensorrt"),
     "tensorrt_rtx": ("TensorRT-RTX engines, which need no GPU to build", "pip install tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs"),
+    "matplotlib": ("mra-export bench --plot", "pip install matplotlib"),
 }
 _CPU_FEATURES = (
     "avx2",
@@ -54,8 +55,8 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions(),
         "libraries": {name: None if path is None else str(Path(path).absolute()) for name, path in found.items()},
-        "cpu": _cpu(),
-        "gpu": _gpus(),
+        "cpu": cpu(),
+        "gpu": gpus(),
         "missing": _missing(found),
         "problems": _problems(found),
     }
@@ -93,7 +94,8 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
     return missing
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """The processor: model, machine, number of CPUs, and those of its features that the kernels can use."""
     model, flags = platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -112,7 +114,7 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _gpus() -> list[dict[str, str]]:
+def gpus() -> list[dict[str, str]]:
     """NVIDIA GPUs with driver version and compute capability, as nvidia-smi tells them; empty without one."""
     command = shutil.which("nvidia-smi")
     if command is None:

@@ -50,3 +50,9 @@ class EngineError(MraExportError):
     """A TensorRT engine cannot be built or loaded."""
 
     exit_code = 4
+
+
+class MissingPackageError(MraExportError):
+    """An optional Python package that this needs is not installed."""
+
+    exit_code = 4

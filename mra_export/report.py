@@ -127,12 +127,12 @@ class Report:
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the whole new one. Raises OSError."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A reader sees the old file or the whole new one. Text is written as UTF-8. Raises OSError."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content if isinstance(content, bytes) else content.encode())
         Path(temporary).chmod(0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -80,7 +80,7 @@ class MraRuntime:
             raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'")
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         if backend == "auto":
-            backend, why = _choose(loaded, device, use_op_library)
+            backend, why = choose_backend(loaded, device, use_op_library)
             logger.info("%s: backend %s on %s, because %s", loaded.path, backend, device, why)
         if backend == "torch":
             if intra_op_threads is not None:
@@ -184,8 +184,8 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise BackendError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
 
 
-def _choose(bundle: Bundle, device: str, use_op_library: bool) -> tuple[str, str]:
-    """What `auto` takes, and why."""
+def choose_backend(bundle: Bundle, device: str, use_op_library: bool) -> tuple[str, str]:
+    """The backend that "auto" takes for this device ("cpu" or "cuda"), and why."""
     dtype = bundle.manifest.dtype
     if importlib.util.find_spec("onnxruntime") is None:
         return "torch", "onnxruntime is not installed"

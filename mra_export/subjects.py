@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from mra_export import kernel
 from mra_export.backends.onnx_runtime import OnnxRuntimeBackend, session_options
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
-from mra_export.cases import Case, Inputs
+from mra_export.cases import Case, Inputs, function_body_bytes
 from mra_export.contract import DTYPES, OP_DOMAIN, OP_TYPE, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, Attributes
 from mra_export.errors import BackendError
 from mra_export.model.attention import mra_attention
@@ -140,9 +140,7 @@ class _OnnxRuntime(Subject):
         return np.asarray(session.run(None, _operator_feed(manifest.dtype, query, key, value, mask))[0]).astype(np.float32)
 
     def cannot_run(self, case: Case) -> str | None:
-        rows, length = case.tokens
-        heads = self.bundle.manifest.model.num_attention_heads
-        needed = 6 * rows * heads * length * length * 4  # token logits, tiles, mixed, kept, weights and one spare, in float32
+        needed = function_body_bytes(self.bundle, *case.tokens)
         if self._library is not None or needed <= _FUNCTION_BODY_LIMIT:
             return None
         limit = _FUNCTION_BODY_LIMIT >> 30

@@ -24,6 +24,7 @@ RULES = {
     "mra_export.export": RUNTIMES,
     "mra_export.engine": {"torch", "transformers", "mra_export.model"},
     "mra_export.runtime": {"torch", "transformers", "mra_export.model"},
+    "mra_export.bench": RUNTIMES | {"torch", "transformers", "mra_export.model"},
     "mra_export.bundle": {"torch", "transformers", "mra_export.model"},
 }
 

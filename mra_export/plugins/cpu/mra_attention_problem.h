@@ -7,6 +7,14 @@
 
 #include "mra_attention.h"
 
+// Marks a stage that benchmarks/cpu_stages.py tells from the others: a function of its own in a profiling build, what the compiler
+// likes elsewhere.
+#if defined(MRA_PROFILE)
+#define MRA_STAGE __attribute__((noinline))
+#else
+#define MRA_STAGE
+#endif
+
 namespace mra {
 
 constexpr int kBlock = MRA_ATTENTION_BLOCK_SIZE;

@@ -1,0 +1,195 @@
+"""Turns the results of cpu_attention.py into markdown tables, so that no figure in the docs is typed by hand.
+
+    python benchmarks/tables.py benchmarks/results/cpu-attention.json --table peers
+
+    python benchmarks/tables.py --update docs/kernels.md
+
+In a page, a table stands between two comments, the first of which says where it comes from; --update renders it again:
+
+    <!-- benchmarks/results/cpu-attention.json peers -->
+
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {
+    "mra": "this kernel",
+    "sdpa": "torch SDPA",
+    "ort_mha": "ONNX Runtime MultiHeadAttention",
+    "flex": "torch flex_attention, same blocks",
+    "reference": "torch reference",
+    "reference_compiled": "torch reference, compiled",
+    "matmul": "large matrix product",
+}
+_MARKED = re.compile(r"(<!-- (benchmarks/results/\S+\.json) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+Results = dict[str, Any]
+
+
+def median(row: Row, name: str = "mra") -> float:
+    """Milliseconds."""
+    return float(row["timings"][name]["median"])
+
+
+def gflops(row: Row) -> float:
+    """Of the exact blocks' products alone, over the kernel's whole time."""
+    return float(row["exact_gflop"]) / median(row) * 1e3
+
+
+def share_of_matmul(row: Row) -> float:
+    return gflops(row) / (row["matmul_gflop"] / median(row, "matmul") * 1e3)
+
+
+def speedup(row: Row, peer: str) -> float:
+    return median(row, peer) / median(row)
+
+
+def peers(row: Row) -> list[str]:
+    return [name for name in NAMES if name in row["timings"] and name not in ("mra", "matmul")]
+
+
+def line(row: Row) -> str:
+    """One row for a terminal."""
+    parts = [f"N {row['length']} {row['dtype']} {row['threads']} threads: {_spread(row, 'mra')} ms"]
+    parts.append(f"{gflops(row):.0f} GFLOP/s, {share_of_matmul(row):.0%} of a matrix product, error {row['max_error']:.1e}")
+    parts += [f"{peer} {_spread(row, peer)} ms, {speedup(row, peer):.1f}x" for peer in peers(row)]
+    parts += [f"{peer} left out: {reason}" for peer, reason in row["left_out"].items()]
+    return "; ".join(parts)
+
+
+def peers_table(results: Results) -> str:
+    """Everything side by side: milliseconds (quartiles), and how many times as long a peer takes."""
+    rows = results["results"]
+    found = [name for name in NAMES if any(name in peers(row) for row in rows)]
+    header = ["N", "dtype", "threads", f"{NAMES['mra']}, ms", "GFLOP/s", "of a matrix product", *(NAMES[name] for name in found)]
+    lines = []
+    for row in rows:
+        cells = [str(row["length"]), row["dtype"], str(row["threads"]), _spread(row, "mra")]
+        cells += [f"{gflops(row):.0f}", f"{share_of_matmul(row):.0%}"]
+        cells += [f"{_spread(row, name)}, {speedup(row, name):.1f}x" if name in row["timings"] else "-" for name in found]
+        lines.append(cells)
+    reasons = {(peer, reason) for row in rows for peer, reason in row["left_out"].items()}
+    notes = [f"{NAMES[peer]} is left out where: {reason}." for peer, reason in sorted(reasons)]
+    return _table(header, lines) + "".join(f"\n{note}" for note in ["", *notes] if notes)
+
+
+def lengths_table(results: Results) -> str:
+    """Time per token, relative to N = 1024 (or the shortest above it that was measured)."""
+    lines = []
+    for (dtype, threads), rows in _groups(results, "dtype", "threads").items():
+        base = next((row for row in rows if row["length"] >= 1024), rows[0])
+        unit = median(base) / base["length"]
+        for row in rows:
+            per_token = median(row) / row["length"]
+            relative = f"{per_token / unit:.2f} of N = {base['length']}"
+            lines.append([str(row["length"]), dtype, str(threads), f"{per_token * 1e3:.2f}", relative])
+    return _table(["N", "dtype", "threads", "us a token", "relative"], lines)
+
+
+def dtypes_table(results: Results) -> str:
+    """Each type's time beside float32's."""
+    lines = []
+    for (length, threads), rows in _groups(results, "length", "threads").items():
+        base = next((row for row in rows if row["dtype"] == "float32"), None)
+        for row in rows:
+            ratio = f"{median(row) / median(base):.2f}" if base else "-"
+            lines.append([str(length), str(threads), row["dtype"], _spread(row, "mra"), ratio, f"{row['max_error']:.1e}"])
+    return _table(["N", "threads", "dtype", "ms", "of float32", "largest error"], lines)
+
+
+def threads_table(results: Results) -> str:
+    """Each number of threads beside the smallest, and beside torch's dense attention on as many."""
+    lines = []
+    for (length, dtype), rows in _groups(results, "length", "dtype").items():
+        for row in rows:
+            dense = f"{speedup(row, 'sdpa'):.1f}x" if "sdpa" in row["timings"] else "-"
+            faster = f"{median(rows[0]) / median(row):.2f}x"
+            lines.append([str(length), dtype, str(row["threads"]), _spread(row, "mra"), faster, dense])
+    return _table(["N", "dtype", "threads", "ms", "scaling", "torch SDPA takes"], lines)
+
+
+def machine_line(results: Results) -> str:
+    """What the figures were measured on."""
+    about = results["machine"]
+    shapes = ", ".join(dict.fromkeys(row["shape"] for row in results["results"]))
+    packages = ", ".join(f"{name} {about[name]}" for name in ("torch", "onnxruntime") if name in about)
+    return (
+        f"{about['cpu']}, {about['instruction_set']}; batch {about['batch']}, {about['heads']} heads of {about['head_size']}, "
+        f"{shapes}; {packages}; commit {about['commit']}. Medians (quartiles)."
+    )
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "machine": machine_line,
+    "peers": peers_table,
+    "lengths": lengths_table,
+    "dtypes": dtypes_table,
+    "threads": threads_table,
+}
+
+
+def markdown(results: Results) -> str:
+    """Every table that these results have something to say in."""
+    names = ["machine", "peers"]
+    names += [f"{axis}s" for axis in ("length", "dtype") if len({row[axis] for row in results["results"]}) > 1]
+    names += ["threads"] if len({row["threads"] for row in results["results"]}) > 1 else []
+    return "\n\n".join(TABLES[name](results) for name in names)
+
+
+def updated(page: str, root: Path = ROOT) -> str:
+    """The page with every marked table rendered from its results."""
+
+    def render(match: re.Match[str]) -> str:
+        results = json.loads((root / match[2]).read_text())
+        return f"{match[1]}\n{TABLES[match[3]](results)}\n\n{match[4]}"
+
+    return _MARKED.sub(render, page)
+
+
+def _groups(results: Results, *axes: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by these axes, in the order of the others: lengths and threads ascending."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sorted(results["results"], key=lambda row: (row["length"], row["threads"])):
+        groups.setdefault(tuple(row[axis] for axis in axes), []).append(row)
+    return groups
+
+
+def _spread(row: Row, name: str) -> str:
+    timing = row["timings"][name]
+    digits = 2 if timing["median"] < 10 else 1 if timing["median"] < 100 else 0
+    numbers = (f"{timing[key]:.{digits}f}" for key in ("median", "lower_quartile", "upper_quartile"))
+    return "{} ({}-{})".format(*numbers)
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+@click.command(help=__doc__)
+@click.argument("result", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--table", type=click.Choice(tuple(TABLES)), help="One of them; default every one.")
+@click.option("--update", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A page to render the tables of.")
+def main(result: Path | None, table: str | None, update: Path | None) -> None:
+    if (result is None) == (update is None):
+        raise click.UsageError("Pass a result or --update PAGE, one of them.")
+    if update is not None:
+        update.write_text(updated(update.read_text()))
+    elif result is not None:
+        results = json.loads(result.read_text())
+        print(TABLES[table](results) if table else markdown(results))
+
+
+if __name__ == "__main__":
+    main()
