@@ -35,11 +35,11 @@ from mra_export.contract import BLOCK_SIZE, Attributes
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
-    "PackHead": "pack",
+    "LoadBlock": "pack",
+    "PackBlocks": "pack",
     "ComputeLogits": "select",
     "FindBoundary": "select",
     "Choose": "select",
-    "LoadQueries": "attend",
     "LowResolution": "attend",
     "LogitsOfBlocks": "attend",
     "SoftmaxOfBlocks": "attend",

@@ -333,10 +333,8 @@ def test_the_table_of_stages(script) -> None:
 
 
 def test_the_stages_are_those_that_the_kernel_marks(script) -> None:
-    source = (ROOT / "mra_export" / "plugins" / "cpu" / "mra_attention_kernels.cc").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "mra_export" / "plugins" / "cpu").glob("*-inl.h"))
     marked = set(re.findall(r"\bMRA_STAGE\b[^;{}()]*?\b(\w+)\(", source))
-    if not marked:
-        pytest.skip("this kernel marks no stage")
     assert marked == set(script("cpu_stages").STAGES)
 
 

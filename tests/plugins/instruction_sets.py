@@ -4,11 +4,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+_AVX2 = ("avx2", "bmi1", "bmi2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 FLAGS = {
     "x86_64": {
         "baseline": (),
-        "avx2": ("avx2", "fma", "f16c"),
-        "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "gfni", "vaes"),
     },
     "aarch64": {"neon": ()},
 }

@@ -2,10 +2,10 @@
 // items.
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <thread>
 
+#include "hwy/cache_control.h"
 #include "mra_attention_params.h"
 #include "mra_attention_problem.h"
 
@@ -13,53 +13,16 @@ namespace mra {
 namespace {
 
 constexpr int64_t kMaxWorkers = 1024;
-constexpr int64_t kPiecesPerWorker = 16;            // so that a slow thread holds the others up for a sixteenth of its share
-constexpr double kWorkerProducts = 2e6;             // multiply-adds below which waking another thread does not pay: some 20 us
-constexpr int64_t kGroupBytes = int64_t{24} << 20;  // packed heads that are in flight together: a share of the last-level cache
+constexpr int64_t kPiecesPerWorker = 16;   // so that a slow thread holds the others up for a sixteenth of its share
+constexpr double kWorkerProducts = 2e6;    // multiply-adds below which waking another thread does not pay: some 20 us
+constexpr int64_t kMinBundleHeads = 2;     // packed together, so that a token's heads, neighbours in memory, are read in one go
+constexpr int64_t kMaxBundleHeads = 4;     // ... more gains nothing
+constexpr double kBytesPerWorker = 1.5e6;  // packed inputs in flight: a core's own cache and some of the shared one
+constexpr int64_t kSpins = 4096;           // some 50 us, longer than any wait between threads that all run
 constexpr size_t kAlignment = 64;
 
-struct Target {
-  const char* name;
-  const Kernels* kernels;  // nullptr: asked for, but not there
-};
-
-bool MachineHas(const char* name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (std::strcmp(name, "avx512") == 0) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  }
-  // f16c has no name in older compilers; every CPU with AVX2 has it.
-  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  (void)name;
-  return true;
-}
-
-Target FindTarget() {
-  // Best first.
-  const Target targets[] = {
-#if defined(__x86_64__)
-      {"avx512", &avx512::kKernels},
-      {"avx2", &avx2::kKernels},
-      {"baseline", &baseline::kKernels},
-#elif defined(__aarch64__)
-      {"neon", &neon::kKernels},
-#else
-      {"baseline", &baseline::kKernels},
-#endif
-  };
-  const char* wanted = std::getenv("MRA_ATTENTION_CPU_TARGET");
-  const bool any = wanted == nullptr || *wanted == '\0';
-  for (const Target& target : targets) {
-    if ((any || std::strcmp(wanted, target.name) == 0) && MachineHas(target.name)) return target;
-  }
-  return {nullptr, nullptr};
-}
-
-const Target& ThisTarget() {
-  static const Target target = FindTarget();
+const CpuTarget& ThisTarget() {
+  static const CpuTarget target = FindCpuTarget(std::getenv("MRA_ATTENTION_CPU_TARGET"));
   return target;
 }
 
@@ -92,19 +55,21 @@ class Arena {
   bool fits_ = true;
 };
 
-// One head's way through the phases.
-struct alignas(kAlignment) HeadProgress {
-  std::atomic<int64_t> packed{0};  // chunks
-  std::atomic<bool> selected{false};
-  std::atomic<int64_t> next_piece{0};
+// How far the bundles of a slot have come, counted over all of them: never set back, so never torn between two bundles.
+struct alignas(kAlignment) SlotProgress {
+  std::atomic<int64_t> packed{0};    // chunks
+  std::atomic<int64_t> attended{0};  // pieces
 };
 
 struct Plan {
   Problem problem;
-  int64_t all_heads;    // B * H
-  int64_t group_heads;  // in a group; the last group may have fewer
+  int64_t all_heads;     // B * H
+  int64_t bundle_heads;  // the last bundle may have fewer
+  int64_t slots;
   int64_t num_workers;
-  HeadProgress* progress;  // (group_heads)
+  Bundle* bundles;                 // (slots)
+  SlotProgress* progress;          // (slots)
+  std::atomic<int64_t>* selected;  // (slots, bundle_heads): 1 + the last bundle in that slot whose head is selected
   size_t bytes;
 };
 
@@ -117,53 +82,64 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   *plan = Plan{};
   Problem& problem = plan->problem;
   problem.params = params;
-  const int64_t D = params->head_size;
   const int64_t nb = problem.nb = NumBlocks(*params);
   const int64_t nb8 = problem.nb8 = RoundUp(nb, 8);
   const int64_t nb32 = problem.nb32 = RoundUp(nb, 32);
-  const int64_t d8 = problem.d8 = RoundUp(D, 8);
-  const int64_t d32 = problem.d32 = RoundUp(D, 32);
+  const int64_t d16 = problem.d16 = RoundUp(params->head_size, 16);
+  const int64_t d32 = problem.d32 = RoundUp(params->head_size, 32);
   problem.chosen = params->num_blocks < nb * nb ? params->num_blocks : nb * nb;
   plan->all_heads = params->batch * params->num_heads;
   plan->num_workers = num_threads < kMaxWorkers ? num_threads : kMaxWorkers;
-  const double products = static_cast<double>(plan->all_heads) * static_cast<double>(problem.chosen) * 2.0 * kBlock * kBlock * D;
+  const double products = static_cast<double>(plan->all_heads) * static_cast<double>(problem.chosen) * 2.0 * kBlock * kBlock *
+                          static_cast<double>(params->head_size);
   if (plan->num_workers > 1 + products / kWorkerProducts) plan->num_workers = 1 + static_cast<int64_t>(products / kWorkerProducts);
 
-  // Groups of equal size, each within kGroupBytes unless that leaves threads idle.
-  const int64_t head_bytes = nb * kBlock * d8 * 8;
-  int64_t most = kGroupBytes / head_bytes;
-  if (most < plan->num_workers) most = plan->num_workers;
-  const int64_t groups = (plan->all_heads + most - 1) / most;
-  plan->group_heads = (plan->all_heads + groups - 1) / groups;
+  // As many heads in a bundle as stay in the caches with one more bundle beside it; one at least for each worker, since one head is
+  // selected by one worker.
+  const double head_bytes = 12.0 * static_cast<double>(nb) * kBlock * static_cast<double>(d16);
+  const double room = static_cast<double>(plan->num_workers) * kBytesPerWorker;
+  int64_t heads = static_cast<int64_t>(room / (2 * head_bytes));
+  heads = heads < kMinBundleHeads ? kMinBundleHeads : heads > kMaxBundleHeads ? kMaxBundleHeads : heads;
+  heads = heads < plan->num_workers ? plan->num_workers : heads;
+  heads = heads < plan->all_heads ? heads : plan->all_heads;
+  plan->bundle_heads = heads;
+  plan->slots = heads < plan->all_heads && 2 * static_cast<double>(heads) * head_bytes <= room ? 2 : 1;
+  const int64_t wanted = (plan->num_workers * kPiecesPerWorker + heads - 1) / heads;
+  problem.pieces = plan->num_workers == 1 ? 1 : (wanted < nb ? wanted : nb);
 
   Arena arena(workspace);
-  const int64_t heads = plan->group_heads;
-  GroupBuffers& group = problem.group;
-  group.key_panels = arena.Take<float>(heads, nb, kBlock * d8);
-  group.value_rows = arena.Take<float>(heads, nb, kBlock * d8);
-  group.value_sum = arena.Take<float>(heads, nb, d32);
-  group.query_mean = arena.Take<float>(heads, nb8, D);
-  group.key_mean = arena.Take<float>(heads, D, nb32);
-  group.logits = arena.Take<float>(heads, nb8, nb32);
-  group.row_max = arena.Take<float>(heads, nb8);
-  group.real = arena.Take<uint32_t>(heads, nb);
-  group.real_count = arena.Take<float>(heads, nb32);
-  group.columns = arena.Take<int32_t>(heads, problem.chosen);
-  group.row_start = arena.Take<int64_t>(heads, nb + 1);
-  plan->progress = arena.Take<HeadProgress>(heads);
+  plan->bundles = arena.Take<Bundle>(plan->slots);
+  plan->progress = arena.Take<SlotProgress>(plan->slots);
+  plan->selected = arena.Take<std::atomic<int64_t>>(plan->slots, heads);
+  for (int64_t slot = 0; slot < plan->slots && arena.fits(); ++slot) {
+    BundleBuffers buffers;
+    buffers.queries = arena.Take<float>(heads, nb, kBlock * d16);
+    buffers.keys = arena.Take<float>(heads, nb, kBlock * d16);
+    buffers.values = arena.Take<float>(heads, nb, kBlock * d16);
+    buffers.value_sum = arena.Take<float>(heads, nb, d32);
+    buffers.query_mean = arena.Take<float>(heads, nb8, d16);
+    buffers.key_mean = arena.Take<float>(heads, nb8, d16);
+    buffers.logits = arena.Take<float>(heads, nb8, nb32);
+    buffers.row_max = arena.Take<float>(heads, nb8);
+    buffers.real = arena.Take<uint32_t>(heads, nb);
+    buffers.real_count = arena.Take<float>(heads, nb32);
+    buffers.columns = arena.Take<int32_t>(heads, problem.chosen);
+    buffers.row_start = arena.Take<int64_t>(heads, nb + 1);
+    if (workspace) plan->bundles[slot] = {buffers, 0, 0};
+  }
   problem.workers = arena.Take<WorkerBuffers>(plan->num_workers);
   for (int64_t n = 0; n < plan->num_workers && arena.fits(); ++n) {
     WorkerBuffers worker;
-    worker.keys = arena.Take<uint32_t>(nb8, nb32);
+    worker.key_mean = arena.Take<float>(d16, nb32);
+    worker.keys = arena.Take<uint32_t>(nb8 + 1, nb32);  // and a row more: whole vectors are stored
     worker.column_class = arena.Take<int32_t>(nb32);
     worker.row_class = arena.Take<int32_t>(nb32);
-    worker.queries = arena.Take<float>(d8, kBlock);
     worker.weights = arena.Take<float>(kChunkBlocks * kBlock, kBlock);
-    worker.output = arena.Take<float>(d8, kBlock);
-    worker.rows = arena.Take<float>(kBlock, d8);
-    worker.low_weights = arena.Take<float>(nb32, kPanel);
-    worker.low_rows = arena.Take<float>(kPanel, nb32);
-    worker.low_output = arena.Take<float>(kPanel, d32);
+    worker.output = arena.Take<float>(d16, kBlock);
+    worker.rows = arena.Take<float>(kBlock, d16);
+    worker.low_weights = arena.Take<float>(8, nb32);
+    worker.low_output = arena.Take<float>(8, d32);
+    worker.planes = arena.Take<uint16_t>(3, kChunkBlocks * kBlock, kBlock);
     if (workspace) problem.workers[n] = worker;
   }
   if (!arena.fits()) return MRA_ERROR_TOO_LARGE;
@@ -171,44 +147,72 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   return MRA_OK;
 }
 
-// The work of one group of heads. There is a single parallel loop and no barrier in it: whoever packs the last chunk of a head
-// selects its blocks and starts on its pieces, whose keys and values are still in that core's cache; the others join when they have
-// nothing to pack.
-struct Group {
-  const Problem* problem;
-  const Kernels* kernels;
-  HeadProgress* progress;  // (heads)
-  int64_t chunks;          // of each head
-  std::atomic<int64_t> next_chunk{0};
-
-  void TakePieces(int64_t head, int64_t worker) {
-    std::atomic<int64_t>& next = progress[head].next_piece;
-    while (next.load(std::memory_order_relaxed) < problem->pieces) {
-      const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
-      if (piece < problem->pieces) kernels->attend(*problem, head, piece, worker);
+// Until `counter` has reached `value`. What is waited for is always in the hands of a worker that runs, see below.
+void WaitFor(const std::atomic<int64_t>& counter, int64_t value) {
+  for (int64_t tries = 0; counter.load(std::memory_order_acquire) < value; ++tries) {
+    if (tries < kSpins) {
+      hwy::Pause();
+    } else {
+      std::this_thread::yield();  // more threads than cores
     }
   }
+}
 
-  void Work(int64_t worker) {
+// All the work of a call, in one parallel loop without barriers. Its items stand in one order: for each bundle, the chunks to be
+// packed, the heads to be selected, the pieces to be attended. Workers take the next item each, and wait, rarely, until what it
+// needs is there. An item needs earlier ones only, which other workers have taken already, so the wait ends whatever the number of
+// threads.
+struct Work {
+  const Plan* plan;
+  const Kernels* kernels;
+  int64_t chunks;  // of each bundle
+  std::atomic<int64_t> next_item{0};
+
+  void Run(int64_t worker) {
+    const Problem& problem = plan->problem;
+    const int64_t bundles = (plan->all_heads + plan->bundle_heads - 1) / plan->bundle_heads;
+    const int64_t pieces = problem.context != nullptr ? problem.pieces : 0;
+    const int64_t bundle_items = chunks + plan->bundle_heads * (1 + pieces);
     for (;;) {
-      const int64_t item = next_chunk.fetch_add(1, std::memory_order_relaxed);
-      if (item >= problem->heads * chunks) break;
-      const int64_t head = item / chunks;
-      kernels->pack(*problem, head, item % chunks);
-      if (progress[head].packed.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) continue;
-      kernels->select(*problem, head, worker);
-      progress[head].selected.store(true, std::memory_order_release);
-      TakePieces(head, worker);
-    }
-    // A head that is not selected yet is in the hands of a worker that runs, so this wait ends whatever the number of threads.
-    for (int64_t head = 0; head < problem->heads; ++head) {
-      while (!progress[head].selected.load(std::memory_order_acquire)) std::this_thread::yield();
-      TakePieces(head, worker);
+      int64_t item = next_item.fetch_add(1, std::memory_order_relaxed);
+      const int64_t number = item / bundle_items;
+      if (number >= bundles) return;
+      item -= number * bundle_items;
+      const int64_t slot = number % plan->slots;
+      const int64_t earlier = number / plan->slots;  // bundles that were in this slot before
+      SlotProgress& progress = plan->progress[slot];
+      Bundle bundle = plan->bundles[slot];
+      bundle.first_head = number * plan->bundle_heads;
+      const int64_t left = plan->all_heads - bundle.first_head;
+      bundle.heads = left < plan->bundle_heads ? left : plan->bundle_heads;
+
+      if (item < chunks) {
+        // Bundles before the last are full: what they count is known.
+        WaitFor(progress.attended, earlier * plan->bundle_heads * (pieces > 0 ? pieces : 1));
+        kernels->pack(problem, bundle, item, worker);
+        progress.packed.fetch_add(1, std::memory_order_release);
+        continue;
+      }
+      item -= chunks;
+      if (item < plan->bundle_heads) {
+        if (item >= bundle.heads) continue;
+        WaitFor(progress.packed, (earlier + 1) * chunks);
+        kernels->select(problem, bundle, item, worker);
+        plan->selected[slot * plan->bundle_heads + item].store(number + 1, std::memory_order_release);
+        if (pieces == 0) progress.attended.fetch_add(1, std::memory_order_release);
+        continue;
+      }
+      item -= plan->bundle_heads;
+      const int64_t head = item / pieces;
+      if (head >= bundle.heads) continue;
+      WaitFor(plan->selected[slot * plan->bundle_heads + head], number + 1);
+      kernels->attend(problem, bundle, head, item % pieces, worker);
+      progress.attended.fetch_add(1, std::memory_order_release);
     }
   }
 };
 
-void WorkOnGroup(void* group, int64_t worker) { static_cast<Group*>(group)->Work(worker); }
+void RunWorker(void* work, int64_t worker) { static_cast<Work*>(work)->Run(worker); }
 
 // Everything after the pointers were checked. context NULL: selection only.
 MraStatus Run(const MraAttentionParams* params, const void* query, const void* key, const void* value, const int32_t* mask,
@@ -233,19 +237,13 @@ MraStatus Run(const MraAttentionParams* params, const void* query, const void* k
   problem.context = context;
   problem.blocks = blocks;
   problem.score = score;
-  Group group{&problem, kernels, plan.progress, (problem.nb + kPackBlocks - 1) / kPackBlocks};
-  for (int64_t first = 0; first < plan.all_heads; first += plan.group_heads) {
-    problem.first_head = first;
-    problem.heads = plan.all_heads - first < plan.group_heads ? plan.all_heads - first : plan.group_heads;
-    const int64_t wanted = (plan.num_workers * kPiecesPerWorker + problem.heads - 1) / problem.heads;
-    problem.pieces = context == nullptr ? 0 : plan.num_workers == 1 ? 1 : (wanted < problem.nb ? wanted : problem.nb);
-    for (int64_t head = 0; head < problem.heads; ++head) new (&plan.progress[head]) HeadProgress();
-    group.next_chunk.store(0, std::memory_order_relaxed);
-    if (threads == nullptr || plan.num_workers == 1) {
-      WorkOnGroup(&group, 0);
-    } else {
-      threads->parallel_for(threads->pool, plan.num_workers, WorkOnGroup, &group);
-    }
+  for (int64_t slot = 0; slot < plan.slots; ++slot) new (&plan.progress[slot]) SlotProgress();
+  for (int64_t n = 0; n < plan.slots * plan.bundle_heads; ++n) new (&plan.selected[n]) std::atomic<int64_t>(0);
+  Work work{&plan, kernels, (problem.nb + kPackBlocks - 1) / kPackBlocks};
+  if (threads == nullptr || plan.num_workers == 1) {
+    RunWorker(&work, 0);
+  } else {
+    threads->parallel_for(threads->pool, plan.num_workers, RunWorker, &work);
   }
   return MRA_OK;
 }
