@@ -80,7 +80,7 @@ def to_onnx(model: PreTrainedModel, task: str, attributes: Attributes, dtype: st
     sizes = {"batch": 3, "choices": 4, "sequence": min(limit, 40)}
     example = tuple(torch.ones([sizes[str(axis)] for axis in shape], dtype=torch.int64) for shape in expected.inputs.values())
     dynamic = tuple({index: axes[str(axis)] for index, axis in enumerate(shape)} for shape in expected.inputs.values())
-    with _quiet(), torch.no_grad(), _unaliased_rows(model):
+    with _quiet(), torch.no_grad(), unaliased_rows(model):
         program = torch.onnx.export(
             graph_module,
             example,
@@ -136,7 +136,7 @@ class _Forward(nn.Module):
 
 
 @contextlib.contextmanager
-def _unaliased_rows(model: PreTrainedModel) -> Iterator[None]:
+def unaliased_rows(model: PreTrainedModel) -> Iterator[None]:
     """Widen float32 feed-forward layers by zero columns while the graph is made, where a row is a multiple of 4096 bytes long.
 
     A matrix product reads a dozen rows of its left input at once. Rows 4096 bytes apart all want the same place in the cache and
