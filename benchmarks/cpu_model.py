@@ -15,8 +15,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,8 +94,11 @@ class Peer:
 
 
 def mra_bundle(preset: str, folder: Path) -> Path:
-    checkpoint = init_checkpoint(preset, folder / "checkpoint")
-    return export_bundle(checkpoint, folder / "bundle", task="feature-extraction")
+    target = folder / "bundle"
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            export_bundle(init_checkpoint(preset, Path(scratch) / "checkpoint"), target, task="feature-extraction")
+    return target
 
 
 def mra_peer(bundle: Path, backend: str, threads: int, reference: bool = False) -> Peer:
@@ -137,7 +140,7 @@ class _Forward(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def dense_graph(model: RobertaModel, form: str, target: Path) -> Path:
+def dense_graph(model: RobertaModel, form: str, target: Path) -> None:
     """Write the optimised graph of one of DENSE_GRAPHS. Exits where a fusion did not fire: that peer would be slow for nothing."""
     tuned = form == "dense tuned"
     multi_head = tuned or form == "dense multi-head"
@@ -183,11 +186,12 @@ def dense_graph(model: RobertaModel, form: str, target: Path) -> Path:
                 del node.input[4 if multi_head else 3 :]  # the padding mask
         optimized.prune_graph()
     optimized.save_model_to_file(str(target))
-    return target
 
 
 def dense_peer(model: RobertaModel, form: str, folder: Path, threads: int) -> Peer:
-    graph = dense_graph(model, form, folder / f"{form.replace(' ', '-')}.onnx")
+    graph = folder / f"{form.replace(' ', '-')}.onnx"
+    if not graph.exists():
+        dense_graph(model, form, graph)
     options = session_options(None, threads) if form == "dense tuned" else ort.SessionOptions()
     options.intra_op_num_threads = threads
     running = session(graph, options)
@@ -263,33 +267,31 @@ def check_dense(name: str, actual: Array, expected: Array, length: int) -> None:
         raise click.ClickException(f"{name}, N {length}: error {error:.3g} is above {DENSE_TOLERANCE}: not timed")
 
 
-@contextmanager
-def open_peers(preset: str, wanted: tuple[str, ...], threads: int, lengths: list[int]) -> Iterator[dict[str, Peer]]:
-    """The peers, each checked at each length."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle = mra_bundle(preset, folder)
-        dense = dense_model(preset)
-        peers = {form: dense_peer(dense, form, folder, threads) for form in DENSE_GRAPHS if form in wanted}
-        if OURS in wanted:
-            peers[OURS] = mra_peer(bundle, "onnxruntime", threads)
-        if MRA_TORCH in wanted:
-            peers[MRA_TORCH] = mra_peer(bundle, "torch", threads)
-        reference = mra_peer(bundle, "torch", threads, reference=True)
-        dense.set_attn_implementation("sdpa")
-        for length in lengths:
-            ids, mask = tokens(length)
-            expected = reference.run(ids, mask)
-            with torch.inference_mode():
-                dense_expected = dense(input_ids=torch.from_numpy(ids)).last_hidden_state.numpy()
-            for peer_name, peer in peers.items():
-                if peer_name in (OURS, MRA_TORCH):
-                    check_mra(peer_name, peer.run(ids, mask), expected, length)
-                else:
-                    check_dense(peer_name, peer.run(ids, mask), dense_expected, length)
-        if DENSE_COMPILED in wanted:
-            peers[DENSE_COMPILED] = compiled_peer(dense)
-        yield {name: peers[name] for name in PEERS if name in peers}
+def open_peers(preset: str, wanted: tuple[str, ...], threads: int, lengths: list[int], folder: Path) -> dict[str, Peer]:
+    """The peers, each checked at each length. folder: where their files are, or are made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bundle = mra_bundle(preset, folder)
+    dense = dense_model(preset)
+    peers = {form: dense_peer(dense, form, folder, threads) for form in DENSE_GRAPHS if form in wanted}
+    if OURS in wanted:
+        peers[OURS] = mra_peer(bundle, "onnxruntime", threads)
+    if MRA_TORCH in wanted:
+        peers[MRA_TORCH] = mra_peer(bundle, "torch", threads)
+    reference = mra_peer(bundle, "torch", threads, reference=True)
+    dense.set_attn_implementation("sdpa")
+    for length in lengths:
+        ids, mask = tokens(length)
+        expected = reference.run(ids, mask)
+        with torch.inference_mode():
+            dense_expected = dense(input_ids=torch.from_numpy(ids)).last_hidden_state.numpy()
+        for name, peer in peers.items():
+            if name in (OURS, MRA_TORCH):
+                check_mra(name, peer.run(ids, mask), expected, length)
+            else:
+                check_dense(name, peer.run(ids, mask), dense_expected, length)
+    if DENSE_COMPILED in wanted:
+        peers[DENSE_COMPILED] = compiled_peer(dense)
+    return {name: peers[name] for name in PEERS if name in peers}
 
 
 def tokens(length: int) -> tuple[Array, Array]:
@@ -351,6 +353,7 @@ def plot(rows: list[Row], target: Path, title: str) -> None:
 @click.option("--threads", type=int, default=torch.get_num_threads(), show_default=True)
 @click.option("--seconds", type=float, default=30.0, show_default=True, help="Time for each length; at least five rounds.")
 @click.option("--compile-up-to", type=int, default=512, show_default=True, help="Leave torch.compile out above this length.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Keep the bundles and graphs here, and take those that are there.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything to this file.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Also draw time over N (.svg or .png).")
 def main(
@@ -360,6 +363,7 @@ def main(
     threads: int,
     seconds: float,
     compile_up_to: int,
+    folder: Path | None,
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
@@ -379,16 +383,16 @@ def main(
         by_preset[preset or ("base-512-4" if length <= 512 else "base-4096-8-d3")].append(length)
     titles = ("N", "peer", "ms (quartiles)", "vs dense", "products ms", "other")
     results = []
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
         for name, own in by_preset.items():
             print(f"\n{name}\n" + "{:>6} {:20} {:>28} {:>9} {:>12} {:>7}".format(*titles))
-            with open_peers(name, chosen or PEERS, threads, own) as peers:
-                for length in own:
-                    running = {key: peer for key, peer in peers.items() if key != DENSE_COMPILED or length <= compile_up_to}
-                    for row in measure(running, length, seconds, scratch):
-                        results.append((name, row))
-                        show(row)
+            peers = open_peers(name, chosen or PEERS, threads, own, (folder or scratch) / name)
+            for length in own:
+                running = {key: peer for key, peer in peers.items() if key != DENSE_COMPILED or length <= compile_up_to}
+                for row in measure(running, length, seconds, scratch):
+                    results.append((name, row))
+                    show(row)
     if json_path:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         written = [
@@ -405,7 +409,7 @@ def show(row: Row) -> None:
     ratio = f"{row.vs_dense:.2f}x" if row.vs_dense else "-"
     products = "-" if row.products is None else f"{row.products:.1f}"
     share = "-" if row.other_share is None else f"{row.other_share:.1%}"
-    print(f"{row.length:>6} {row.peer:20} {spread:>28} {ratio:>9} {products:>12} {share:>7}")
+    print(f"{row.length:>6} {row.peer:20} {spread:>28} {ratio:>9} {products:>12} {share:>7}", flush=True)
 
 
 if __name__ == "__main__":
