@@ -21,6 +21,7 @@ from onnx import TensorProto
 from transformers import BertConfig, BertModel
 
 from mra_export import libraries
+from mra_export.backends.onnx_runtime import session_options
 from mra_export.bundle import GOLDEN, Bundle
 from mra_export.contract import ATTRIBUTE_NAMES
 from mra_export.errors import BundleError, CheckpointError, ContractError, PluginLoadError
@@ -203,6 +204,63 @@ def test_the_graph(opset, tmp_path):
         for value in inferred.graph.value_info
     }
     assert all(shapes[node.output[0]] == ["batch", "sequence", 64] for node in nodes)
+
+
+def optimized(bundle: Path, target: Path, options: onnxruntime.SessionOptions) -> Counter[str]:
+    """How often each operator is in the graph that ONNX Runtime makes of the bundle's."""
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(target).graph.node)
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_onnxruntime_fuses_what_is_faster_fused(opset, tmp_path):
+    if libraries.find("ort_ops") is None:
+        pytest.skip("libmra_ort.so is not built")
+    bundle = export_bundle(make_model("feature-extraction"), tmp_path / "bundle", task="feature-extraction", opset=opset)
+    library = bundle / "lib" / "libmra_ort.so"
+
+    # ONNX Runtime's own choice: each feed-forward layer's bias and GELU, and every residual with its bias and normalisation.
+    usual = onnxruntime.SessionOptions()
+    usual.register_custom_ops_library(str(library))
+    found = optimized(bundle, tmp_path / "usual.onnx", usual)
+    assert (found["BiasGelu"], found["SkipLayerNormalization"], found["LayerNormalization"]) == (2, 4, 1)
+    assert (found["MatMul"], found["MraAttention"], found["Gelu"], found["Erf"]) == (12, 2, 0, 0)
+    assert found["Add"] == 2 * 3 + 2, "the biases of query, key and value, and the embeddings"
+
+    # Ours: without SkipLayerNormalization, which is slower than its parts.
+    found = optimized(bundle, tmp_path / "ours.onnx", session_options(library))
+    assert (found["BiasGelu"], found["SkipLayerNormalization"], found["LayerNormalization"]) == (2, 0, 5)
+
+    # The mask and the positions are made once, whatever the number of layers.
+    assert all(found[name] <= 1 for name in ("Cast", "Equal", "Not", "Shape", "Slice")), found
+    assert found["Gather"] == 2
+
+
+def test_rows_of_the_feed_forward_layers_do_not_share_cache_sets(tmp_path):
+    model = make_model(intermediate_size=1024, hidden_size=64)
+    with torch.no_grad():
+        for layer in model.mra.encoder.layer:
+            torch.nn.init.normal_(layer.intermediate.dense.bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bundle = Bundle.load(export_bundle(model, tmp_path / "bundle"))
+    shapes = {tensor.name: list(tensor.dims) for tensor in onnx.load(bundle.file("model.onnx")).graph.initializer}
+    for index in range(2):
+        layer = f"mra.encoder.layer.{index}"
+        assert shapes[f"{layer}.intermediate.dense.weight"] == [64, 1040], "16 columns more than 4096 bytes"
+        assert shapes[f"{layer}.intermediate.dense.bias"] == [1040]
+        assert shapes[f"{layer}.output.dense.weight"] == [1040, 64]
+    inputs = random_inputs(model, 2, 100)
+    (array,) = session(bundle.path).run(None, inputs)
+    np.testing.assert_allclose(array, torch_outputs(model, inputs)["logits"], rtol=0, atol=2e-4)
+
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the caller's model"
+    stored = load(bundle.path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in before.items()), "the checkpoint in the bundle, too"
+
+    half = Bundle.load(export_bundle(model, tmp_path / "half", dtype="fp16"))
+    assert [1040] not in [list(tensor.dims) for tensor in onnx.load(half.file("model.onnx")).graph.initializer]
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)])

@@ -24,6 +24,9 @@ BF16_REFUSED = (
 _ELEMENT_TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 """ONNX Runtime's log levels. Its warnings are about its own optimiser: float16 constants that it cannot fold on a CPU."""
+_SLOWER_FUSIONS = "SkipLayerNormFusion"
+"""What ONNX Runtime should not fuse on a CPU: its SkipLayerNormalization takes 2.5 times as long as the Adds and the
+LayerNormalization that it replaces (docs/onnxruntime.md)."""
 _PROBE = Attributes(num_heads=1, num_blocks=1, scale=1.0)
 
 
@@ -45,7 +48,7 @@ class OnnxRuntimeBackend:
         check_device(dtype, device)
         if library is not None:
             probe_library(library, dtype, device)
-        options = session_options(library, intra_op_threads)
+        options = session_options(library, intra_op_threads, device)
         source = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=_providers(device))
@@ -77,12 +80,17 @@ def check_device(dtype: str, device: str) -> None:
         raise BackendError(BF16_REFUSED)
 
 
-def session_options(library: Path | None, intra_op_threads: int | None = None) -> ort.SessionOptions:
-    """Options with the op library registered. Raises PluginLoadError with ONNX Runtime's own words where it does not load."""
+def session_options(library: Path | None, intra_op_threads: int | None = None, device: str = "cpu") -> ort.SessionOptions:
+    """Options with the op library registered, without the fusions that are slower on the device.
+
+    Raises PluginLoadError with ONNX Runtime's own words where the library does not load.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if intra_op_threads is not None:
         options.intra_op_num_threads = intra_op_threads
+    if device == "cpu":
+        options.add_session_config_entry("optimization.disable_specified_optimizers", _SLOWER_FUSIONS)
     if library is not None:
         try:
             options.register_custom_ops_library(str(library))
@@ -110,7 +118,7 @@ def probe_library(library: Path, dtype: str, device: str) -> None:
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(OP_DOMAIN, OP_VERSION)]
     graph = onnx.helper.make_graph([node], "probe", [*tensors, mask], [context])
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    options = session_options(library)
+    options = session_options(library, device=device)
     options.log_severity_level = _FATAL_ONLY  # what goes wrong here is raised below, with the fix
     if device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
