@@ -28,6 +28,15 @@ MAX_HEAD_SIZE = 256
 APPROX_MODES = ("full", "sparse")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Command-line name -> numpy / torch name of the operator's tensor type T."""
+INT8 = "int8"
+"""A precision of bundles, not of the operator: the matrix products with weights take 8-bit integers, all else is float32."""
+PRECISIONS = (*DTYPES, INT8)
+"""What `export --dtype` takes and a manifest's dtype may be."""
+
+
+def float_dtype(precision: str) -> str:
+    """The name in DTYPES of a bundle's float tensors: the operator's inputs, the outputs, and the weights in model.safetensors."""
+    return "fp32" if precision == INT8 else precision
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,9 @@ TOLERANCES = {
     "fp32": Tolerance(operator=2e-5, model=1e-4, model_free=2e-3, near_tie=1e-4),
     "fp16": Tolerance(operator=1e-3, model=3e-2, model_free=1e-1, near_tie=2e-2),
     "bf16": Tolerance(operator=8e-3, model=2e-1, model_free=5e-1, near_tie=2e-1),
+    INT8: Tolerance(operator=2e-5, model=1.0, model_free=2.0, near_tie=1.0),
 }
-"""Per precision (the names of DTYPES).
+"""Per precision (PRECISIONS).
 
 operator: for 16 bits, twice the rounding of the result itself (2^-11 and 2^-8); for 32, four times what PyTorch needs.
 model: twice what PyTorch itself needs at that precision on weights with sharp attention (fp16 1.3e-2, bf16 1.0e-1; measured by
