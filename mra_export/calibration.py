@@ -15,13 +15,16 @@ from mra_export.text import Tokenizer, has_tokenizer
 LONGEST = 512
 """Tokens of a piece at most: calibration runs the operator's function body, which is N x N."""
 SHARES = (1, 4, 16)
-"""Pieces as long as the model's limit, a quarter and a sixteenth of it: what attention gives varies more the fewer tokens there are."""
+"""Pieces as long as the model's limit, a quarter and a sixteenth of it."""
+SNIPPETS = (1, 2, 4)
+"""And these few tokens: attention over one token gives its value itself, larger than any mean of many, and a scale that was made
+without it would cut it off."""
 PIECES = 16
 """Of each length."""
 
 
 def calibration_inputs(path: str | os.PathLike[str], signature: Signature, config: Any, folder: Path) -> list[Arrays]:
-    """Up to PIECES batches of one row for each of SHARES, by input name; for a fill-mask model with masks in them.
+    """Up to PIECES batches of one row for each of SHARES and SNIPPETS, by input name; for a fill-mask model with masks in them.
 
     folder: where the tokenizer is. Raises ContractError where there is no text or no tokenizer.
     """
@@ -34,13 +37,15 @@ def calibration_inputs(path: str | os.PathLike[str], signature: Signature, confi
     texts = corpus.read_texts(path)
     axes = signature.inputs["input_ids"]
     fill_mask = tokenizer.mask_id is not None and next(iter(signature.outputs.values()))[-1] == config.vocab_size
+    longest = min(config.max_position_embeddings, LONGEST)
+    pieces = [corpus.rows(tokenizer, texts, max(longest // share, 8), PIECES) for share in SHARES]
+    pieces += [pieces[-1][:, 1 : 1 + length] for length in SNIPPETS]
     samples: list[Arrays] = []
-    for share in SHARES:
-        length = max(min(config.max_position_embeddings, LONGEST) // share, 8)
-        pieces = corpus.rows(tokenizer, texts, min(length, config.max_position_embeddings), PIECES)
-        if pieces.max() >= config.vocab_size:
-            raise ContractError(f"the tokenizer gives token {pieces.max()}, vocab_size is {config.vocab_size}: put the model's own there")
-        if fill_mask:
-            pieces = corpus.mask(tokenizer, pieces, seed=share).ids
-        samples += [corpus.feed(piece[None], list(signature.inputs), len(axes)) for piece in pieces]
+    for seed, rows in enumerate(pieces):
+        if rows.max() >= config.vocab_size:
+            raise ContractError(
+                f"the checkpoint's tokenizer gives token {rows.max()}, vocab_size is {config.vocab_size}: put the model's own there"
+            )
+        ids = corpus.mask(tokenizer, rows, seed).ids if fill_mask else rows
+        samples += [corpus.feed(row[None], list(signature.inputs), len(axes)) for row in ids]
     return samples

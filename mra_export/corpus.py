@@ -19,7 +19,7 @@ MASK_RATE = 0.15
 
 @dataclass(frozen=True)
 class Masked:
-    """Rows of text with some tokens hidden. ids: (R, N) int64 as the model sees them; tokens: what they were; hidden: (R, N) bool."""
+    """Rows of text, some tokens hidden. ids: (R, N) int64 as the model sees them; tokens: what they were; hidden: (R, N) bool."""
 
     ids: Ids
     tokens: Ids
@@ -40,7 +40,9 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
             if file == root:
-                raise ContractError(f"{path} cannot be read as UTF-8 text ({error}): pass a text file, or a folder of them") from error
+                raise ContractError(
+                    f"{path} cannot be read as UTF-8 text ({error}): pass a text file, or a folder of them"
+                ) from error
             continue
         if text.strip() and "\0" not in text:
             texts.append(text)

@@ -60,7 +60,7 @@ def export_bundle(
     task: one of `mra_export.model.TASKS`, or "auto", from the checkpoint's architecture.
     dtype: "fp32", "fp16" or "bf16", of weights and float outputs, or "int8": matrix products of 8-bit integers, all else float32,
     for CPUs (docs/quantization.md). opset: 18 to 23.
-    calibration: with int8, a text file or a folder of them, from which the scales of the activations are made; None: dynamic scales.
+    calibration: with int8, a text file or a folder of them, to fix the scales of the activations with; None: each call's own.
     padding_invariant: a sequence gives the same result alone and in any batch (docs/operator.md, "Row maximum").
     force: overwrite a bundle at `out`; anything else there is never touched.
     weights: also store model.safetensors, which the torch backend and `verify` need.
@@ -68,8 +68,8 @@ def export_bundle(
     check: called with the finished folder before it is published; its rows become the manifest's parity report.
     progress: told each step in a few words.
 
-    Raises ContractError (dtype, opset, task, calibration), BundleError (`out`), PluginLoadError (no op library), all before any work;
-    CheckpointError for what is not an MRA checkpoint or lacks the task's head.
+    Raises ContractError (dtype, opset, task), BundleError (`out`), PluginLoadError (no op library), all before any work;
+    ContractError for calibration text that cannot be used, CheckpointError for what is not an MRA checkpoint or lacks the task's head.
     """
     tell = progress or (lambda text: None)
     _check_dtype(dtype, calibration, padding_invariant)
@@ -130,11 +130,13 @@ def _check_dtype(dtype: str, calibration: object, padding_invariant: bool) -> No
     if dtype not in PRECISIONS:
         raise ContractError(f"dtype is {dtype!r}: use one of {', '.join(PRECISIONS)}")
     if calibration is not None and dtype != INT8:
-        raise ContractError(f"calibration text {calibration} is for dtype int8, dtype is {dtype}: leave it out, or export with int8")
+        raise ContractError(
+            f"calibration text {calibration} is for dtype int8, dtype is {dtype}: leave it out, or export with int8"
+        )
     if padding_invariant and dtype == INT8 and calibration is None:
         raise ContractError(
-            "a padding-invariant int8 bundle needs calibration text: without it the scales are taken from all of a batch, so a text "
-            "would not give the same in another one"
+            "a padding-invariant int8 bundle needs calibration text: without it the scales are taken from all of a batch, so a "
+            "text would not give the same in another one"
         )
 
 

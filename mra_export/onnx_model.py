@@ -105,7 +105,7 @@ def to_onnx(model: PreTrainedModel, task: str, attributes: Attributes, dtype: st
 def save(model: ir.Model, path: Path) -> bool:
     """Write the graph to `path`, and above 2 GB of weights those to EXTERNAL_DATA beside it; returns whether it did that."""
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    large = weights > _SINGLE_FILE_LIMIT
+    large = bool(weights > _SINGLE_FILE_LIMIT)
     ir.save(model, path, external_data=EXTERNAL_DATA if large else None)
     return large
 

@@ -1,10 +1,10 @@
 """int8: the matrix products of a float32 graph on 8-bit integers, by ONNX Runtime's quantizer. Attention stays in float32.
 
-static    with calibration text: each product's input has one scale, fixed at export, so a text gives the same alone and in any batch
-dynamic   without: the scale is taken from the values of each call, so what else is in the batch, padding too, moves the answer a little
+static    with calibration text: each product's input has one scale, fixed at export: a text gives the same in any batch
+dynamic   without: the scale is taken from the values of each call: what else is in the batch, padding too, moves the answer
 
-Weights are int8, symmetric, one scale per output channel; activations uint8, one scale per tensor; sums are int32 and leave a product
-as float32, so biases, residuals, normalisation and the operator see nothing of it. A graph like this is standard ONNX
+Weights are int8, symmetric, one scale per output channel; activations uint8, one scale per tensor; sums are int32 and leave a
+product as float32, so biases, residuals, normalisation and the operator see nothing of it. A graph like this is standard ONNX
 (QuantizeLinear and DequantizeLinear, or DynamicQuantizeLinear and MatMulInteger); a runtime fuses it into integer kernels.
 """
 
@@ -111,7 +111,8 @@ def _fold_transposes(graph: ir.Graph) -> None:
 
 def _products(graph: ir.Graph) -> tuple[list[str], list[str]]:
     """Names of the matrix products to quantise, and of those that stay as they are."""
-    chosen, kept = [], []
+    chosen: list[str] = []
+    kept: list[str] = []
     for node in graph:
         if node.domain == "" and node.op_type in PRODUCTS:
             (chosen if _channels(node) >= MIN_CHANNELS else kept).append(str(node.name))
@@ -141,7 +142,7 @@ def _spare_residuals(graph: ir.Graph) -> None:
 
 
 def _check(graph: ir.Graph, chosen: Sequence[str], static: bool) -> None:
-    """Every chosen product must have become an integer one: the quantizer leaves out what it does not understand, without a word."""
+    """Every chosen product must have become an integer one: the quantizer leaves out what it does not know, without a word."""
     if static:
         sources = {
             str(node.name): [value.producer() for value in node.inputs[:2] if value is not None]
