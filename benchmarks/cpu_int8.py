@@ -7,16 +7,15 @@ Each bundle is validated against PyTorch's golden outputs before it is timed.
 
 from __future__ import annotations
 
+import functools
 import json
-import statistics
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 import numpy as np
-from cpu_attention import Timing, machine, take_turns
+from cpu_attention import machine, take_turns
 
 from mra_export import MraRuntime
 from mra_export.doctor import cpu
@@ -25,15 +24,20 @@ from mra_export.presets import PRESETS, init_checkpoint
 
 
 def bundles(preset: str, calibration: Path | None, scratch: Path) -> dict[str, Path]:
-    """fp32, int8 with dynamic scales and, with calibration text, int8 with static ones, of one checkpoint with random weights."""
-    init_checkpoint(preset, scratch / "checkpoint", 0)
+    """fp32, int8 with dynamic scales and, with calibration text, int8 with static ones, of one checkpoint with random weights.
+
+    Those that are in `scratch` already are taken as they are.
+    """
+    if not (scratch / "checkpoint").exists():
+        init_checkpoint(preset, scratch / "checkpoint", 0)
     kinds: dict[str, dict[str, object]] = {"fp32": {}, "int8 dynamic": {"dtype": "int8"}}
     if calibration is not None:
         kinds["int8 static"] = {"dtype": "int8", "calibration": calibration}
-    return {
-        name: export_bundle(scratch / "checkpoint", scratch / name.replace(" ", "-"), **options)  # type: ignore[arg-type]
-        for name, options in kinds.items()
-    }
+    folders = {name: scratch / name.replace(" ", "-") for name in kinds}
+    for name, options in kinds.items():
+        if not folders[name].exists():
+            export_bundle(scratch / "checkpoint", folders[name], **options)  # type: ignore[arg-type]
+    return folders
 
 
 @click.command(help=__doc__)
@@ -41,6 +45,7 @@ def bundles(preset: str, calibration: Path | None, scratch: Path) -> dict[str, P
 @click.option(
     "--calibration", type=click.Path(path_type=Path, exists=True), help="Text to calibrate with: times static scales too."
 )
+@click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Make the bundles there and keep them. Default: nowhere.")
 @click.option("--lengths", multiple=True, type=int, help="N; repeat for several. Default: 32 64 128 256 512.")
 @click.option("--batch", type=int, default=1, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
@@ -49,6 +54,7 @@ def bundles(preset: str, calibration: Path | None, scratch: Path) -> dict[str, P
 def main(
     preset: str,
     calibration: Path | None,
+    kept: Path | None,
     lengths: tuple[int, ...],
     batch: int,
     threads: int,
@@ -61,13 +67,13 @@ def main(
     results = []
     with tempfile.TemporaryDirectory(prefix="mra-int8-") as folder:
         runtimes = {}
-        for name, path in bundles(preset, calibration, Path(folder)).items():
+        for name, path in bundles(preset, calibration, kept or Path(folder)).items():
             runtimes[name] = MraRuntime.load(path, "onnxruntime", intra_op_threads=threads)
             runtimes[name].validate()
         print(f"\n{'N':>6} " + " ".join(f"{name + ' ms (quartiles)':>32}" for name in runtimes) + "   faster than fp32")
         for length in lengths or (32, 64, 128, 256, 512):
             ids = np.random.default_rng(0).integers(5, runtimes["fp32"].bundle.manifest.model.vocab_size, (batch, length))
-            timings = take_turns([lambda r=runtime: r.run(input_ids=ids) for runtime in runtimes.values()], seconds)
+            timings = take_turns([functools.partial(runtime.run, input_ids=ids) for runtime in runtimes.values()], seconds)
             faster = {name: timings[0].median / timing.median for name, timing in zip(runtimes, timings, strict=True)}
             shown = " ".join(f"{t.median:>14.1f} ({t.lower_quartile:.1f}-{t.upper_quartile:.1f})".rjust(32) for t in timings)
             print(f"{length:>6} {shown}   {', '.join(f'{value:.2f}x' for value in list(faster.values())[1:])}")

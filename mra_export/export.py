@@ -69,7 +69,8 @@ def export_bundle(
     progress: told each step in a few words.
 
     Raises ContractError (dtype, opset, task), BundleError (`out`), PluginLoadError (no op library), all before any work;
-    ContractError for calibration text that cannot be used, CheckpointError for what is not an MRA checkpoint or lacks the task's head.
+    ContractError for calibration text that cannot be used; CheckpointError for what is not an MRA checkpoint or lacks the task's
+    head.
     """
     tell = progress or (lambda text: None)
     _check_dtype(dtype, calibration, padding_invariant)
