@@ -18,13 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mra_export.contract import ATTRIBUTE_NAMES, CONTRACT_VERSION, DTYPES, Attributes
+from mra_export.contract import ATTRIBUTE_NAMES, CONTRACT_VERSION, PRECISIONS, Attributes
 from mra_export.errors import BundleError, ContractError
 
 SCHEMA_VERSION = 1
@@ -77,11 +77,36 @@ class FileEntry(_Strict):
     size: int = Field(ge=0)
 
 
+class Quantization(_Strict):
+    """How an int8 bundle's graph was quantised (quantize.py).
+
+    method: "static", scales of the activations fixed by calibration, or "dynamic", taken from each call's own values.
+    weights, activations: their integer type, in words. quantized, kept: the matrix products by node name, those in int8 and those
+    left in float32. calibration: text, windows, tokens (of one window); null for dynamic.
+    """
+
+    method: Literal["static", "dynamic"]
+    weights: str
+    activations: str
+    quantized: list[str]
+    kept: list[str]
+    calibration: Calibration | None
+
+
+class Calibration(_Strict):
+    """text: the file or folder as it was named. windows: how many pieces of it; tokens: of each piece."""
+
+    text: str
+    windows: int
+    tokens: int
+
+
 class Manifest(_Strict):
     """manifest.json.
 
     attributes: the operator's, the same in every layer. files: every file but the manifest, by relative POSIX path.
-    parity: the report's rows at export, or null where none was asked for. engines: one row per TensorRT engine.
+    parity: the report's rows at export, or null where none was asked for. engines: one row per TensorRT engine. quantization: of an
+    int8 bundle.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -99,12 +124,13 @@ class Manifest(_Strict):
     source: str
     parity: list[dict[str, Any]] | None = None
     engines: list[dict[str, Any]] = Field(default_factory=list)
+    quantization: Quantization | None = None
 
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"use one of {', '.join(DTYPES)}")
+        if value not in PRECISIONS:
+            raise ValueError(f"use one of {', '.join(PRECISIONS)}")
         return value
 
     @field_validator("attributes")

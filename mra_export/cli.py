@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mra_export import __version__
-from mra_export.contract import DTYPES
+from mra_export.contract import INT8, PRECISIONS
 from mra_export.errors import MraExportError, ParityError
 
 if TYPE_CHECKING:
@@ -237,7 +237,23 @@ def _say_engine(talker: Talker, entry: EngineEntry) -> None:
 @click.option(
     "--task", type=click.Choice(_TASKS), default="auto", show_default=True, help="auto: from the checkpoint's architecture."
 )
-@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="fp32", show_default=True, help="Of weights and outputs.")
+@click.option(
+    "--dtype",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of weights and outputs; int8: matrix products on 8-bit integers, for CPUs, outputs float32.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True),
+    help="int8: text file, or folder of them, to fix the scales of activations with; default: each call's own scales.",
+)
+@click.option(
+    "--evaluate",
+    type=click.Path(path_type=Path, exists=True),
+    help="Held-out text file or folder: also compare masked-token accuracy with PyTorch's.",
+)
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 18 to 23.")
 @click.option(
     "--padding-invariant", is_flag=True, help="A text gives the same alone and in any batch; published models were trained without."
@@ -253,6 +269,8 @@ def export_command(
     out: Path,
     task: str,
     dtype: str,
+    calibration: Path | None,
+    evaluate: Path | None,
     opset: int,
     padding_invariant: bool,
     force: bool,
@@ -268,14 +286,25 @@ def export_command(
     Examples:
       mra-export export uw-madison/mra-base-512-4 mra-base
       mra-export export my-checkpoint my-bundle --dtype fp16 --force
+      mra-export export my-checkpoint my-bundle --dtype int8 --calibration some-text/ --evaluate other-text/
       mra-export export my-checkpoint my-bundle --engine tensorrt-rtx --max-shapes input_ids:16x512
     """
     _share_processors()
     from mra_export.export import export_bundle
 
+    if evaluate is not None and no_verify:
+        raise click.UsageError("--evaluate is part of what --no-verify leaves out: pass one of them.")
+    if evaluate is not None and calibration is not None:
+        from mra_export.corpus import check_apart
+
+        check_apart(calibration, evaluate)
     finish = None
     if engine_backend == "none":
         _refuse_engine_options(engine)
+    elif dtype == INT8:
+        from mra_export.engine import check_dtype
+
+        check_dtype(dtype)
     else:
         finish = _engine_builder(talker, _engine_options(engine_backend, **engine))
 
@@ -283,7 +312,7 @@ def export_command(
         from mra_export.bundle import Bundle
         from mra_export.verify import verify
 
-        report = verify(Bundle.load(folder), quick=True, progress=talker.progress)
+        report = verify(Bundle.load(folder), quick=True, held_out=evaluate, progress=talker.progress)
         talker.print(report.table())
         if not report.passed:
             first = report.failed_rows[0]
@@ -298,6 +327,7 @@ def export_command(
         out,
         task=task,
         dtype=dtype,
+        calibration=calibration,
         opset=opset,
         padding_invariant=padding_invariant,
         force=force,
@@ -368,6 +398,11 @@ def engine_command(talker: Talker, /, bundle: Path, engine_backend: str, **engin
 @click.option("--junit", "junit_file", type=OutputFile(), help="Write every row as a JUnit test case.")
 @click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Sets of random inputs.")
 @click.option("--quick", is_flag=True, help="Four shapes instead of the whole sweep.")
+@click.option(
+    "--evaluate",
+    type=click.Path(path_type=Path, exists=True),
+    help="Held-out text file or folder: also compare masked-token accuracy with PyTorch's.",
+)
 @click.pass_obj
 def verify(
     talker: Talker,
@@ -377,6 +412,7 @@ def verify(
     junit_file: Path | None,
     seeds: int,
     quick: bool,
+    evaluate: Path | None,
 ) -> None:
     """Compare every runtime of BUNDLE with PyTorch: outputs, block selection, the operator alone.
 
@@ -395,7 +431,7 @@ def verify(
     from mra_export.report import write_atomically
     from mra_export.verify import verify as compare
 
-    report = compare(loaded, backends, seeds=seeds, quick=quick, progress=talker.progress)
+    report = compare(loaded, backends, seeds=seeds, quick=quick, held_out=evaluate, progress=talker.progress)
     if json_file is not None:
         write_atomically(json_file, report.json())
     if junit_file is not None:

@@ -13,7 +13,8 @@ from mra_export.plan import entries
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """JSON-ready: model, task, dtype, opset, attributes, graph (inputs, outputs, nodes, ops, functions), files, engines, parity."""
+    """JSON-ready: model, task, dtype, opset, attributes, graph (inputs, outputs, nodes, ops, functions), files, engines,
+    quantization, parity."""
     manifest = bundle.manifest
     graph = onnx.load(bundle.file(MODEL), load_external_data=False)
     ops = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph.graph.node)
@@ -36,6 +37,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         },
         "files": {name: entry.model_dump() for name, entry in sorted(manifest.files.items())},
         "engines": [entry.model_dump() for entry in entries(bundle)],
+        "quantization": None if manifest.quantization is None else manifest.quantization.model_dump(),
         "parity": None if rows is None else dict(Counter(str(row.get("status")) for row in rows)),
         "versions": dict(manifest.versions),
         "source": manifest.source,

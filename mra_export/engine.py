@@ -21,7 +21,7 @@ from typing import Any
 from mra_export import bundle as bundles
 from mra_export import errors, gpu, libraries, profiles, tensorrt_api
 from mra_export.bundle import MODEL, Bundle
-from mra_export.contract import PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from mra_export.contract import INT8, PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from mra_export.engine_builder import Request, Result
 from mra_export.errors import BundleError, ContractError, EngineError, PluginLoadError
 from mra_export.plan import EngineEntry, Plugin, entries
@@ -128,6 +128,15 @@ def check_can_build(options: EngineOptions) -> tuple[str, Path | None]:
         raise PluginLoadError(f"{error}; or pass --no-plugin, which builds from the function body (slower)") from error
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises EngineError for a bundle's dtype that engines are not built from."""
+    if dtype == INT8:
+        raise EngineError(
+            "no engine is built from an int8 graph: its scales and its uint8 activations are for CPUs, and TensorRT takes signed, "
+            "symmetric ones only. Export with --dtype fp16 for a GPU"
+        )
+
+
 def build_engine(
     bundle: str | os.PathLike[str] | Bundle,
     options: EngineOptions | None = None,
@@ -141,6 +150,7 @@ def build_engine(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     options = options or EngineOptions()
+    check_dtype(bundle.manifest.dtype)
     backend, library = check_can_build(options)
     shapes = profiles.make_profiles(bundle, options.min_shapes, options.opt_shapes, options.max_shapes, options.plugin)
     if not os.access(bundle.path, os.W_OK | os.X_OK):

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 import mra_export
 from mra_export import bundle as bundles
 from mra_export import libraries
-from mra_export.bundle import Manifest, ModelInfo, Tensor
+from mra_export.bundle import Manifest, ModelInfo, Quantization, Tensor
+from mra_export.calibration import calibration_inputs
 from mra_export.checkpoint import no_progress_bars, save_checkpoint
-from mra_export.contract import DTYPES, Attributes
+from mra_export.contract import DTYPES, INT8, PRECISIONS, Attributes, float_dtype
 from mra_export.errors import CheckpointError, ContractError
 from mra_export.golden import golden_inputs, golden_outputs
 from mra_export.model import TASKS, MraPreTrainedModel, load
-from mra_export.onnx_function import check_opset, element_type
+from mra_export.onnx_function import check_opset
 from mra_export.onnx_model import Signature, save_checked, signature, to_onnx
 
 TOKENIZER_FILES = (
@@ -46,6 +47,7 @@ def export_bundle(
     dtype: str = "fp32",
     opset: int = 20,
     padding_invariant: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
     force: bool = False,
     weights: bool = True,
     finish: Callable[[Path], None] | None = None,
@@ -56,7 +58,9 @@ def export_bundle(
 
     model: checkpoint folder, hub id, or a model of `mra_export.model`, which is left as it is.
     task: one of `mra_export.model.TASKS`, or "auto", from the checkpoint's architecture.
-    dtype: "fp32", "fp16" or "bf16", of weights and float outputs. opset: 18 to 23.
+    dtype: "fp32", "fp16" or "bf16", of weights and float outputs, or "int8": matrix products of 8-bit integers, all else float32,
+    for CPUs (docs/quantization.md). opset: 18 to 23.
+    calibration: with int8, a text file or a folder of them, to fix the scales of the activations with; None: each call's own.
     padding_invariant: a sequence gives the same result alone and in any batch (docs/operator.md, "Row maximum").
     force: overwrite a bundle at `out`; anything else there is never touched.
     weights: also store model.safetensors, which the torch backend and `verify` need.
@@ -65,26 +69,34 @@ def export_bundle(
     progress: told each step in a few words.
 
     Raises ContractError (dtype, opset, task), BundleError (`out`), PluginLoadError (no op library), all before any work;
-    CheckpointError for what is not an MRA checkpoint or lacks the task's head.
+    ContractError for calibration text that cannot be used; CheckpointError for what is not an MRA checkpoint or lacks the task's
+    head.
     """
     tell = progress or (lambda text: None)
-    element_type(dtype)
+    _check_dtype(dtype, calibration, padding_invariant)
     check_opset(opset)
     if task != "auto" and task not in TASKS:
         raise ContractError(f"task is {task!r}: use auto or one of {', '.join(TASKS)}")
     op_library = libraries.require("ort_ops")
     with bundles.staged(out, force) as folder:
         tell("load the checkpoint")
-        network, source, tokenizer = _network(model, task, dtype)
+        network, source, tokenizer = _network(model, task, float_dtype(dtype))
         network.set_padding_invariant(padding_invariant)
         task = next(name for name, kind in TASKS.items() if type(network) is kind)
         attributes = network.config.attributes(padding_invariant)
         promised = signature(task, network.config)
         _copy_tokenizer(tokenizer, folder, tell)
         inputs = golden_inputs(promised, network.config, folder)
+        samples = [] if calibration is None else calibration_inputs(calibration, promised, network.config, folder)
 
         tell(f"export {task}, {dtype}, opset {opset}")
-        graph = to_onnx(network, task, attributes, dtype, opset)
+        graph = to_onnx(network, task, attributes, float_dtype(dtype), opset)
+        quantization = None
+        if dtype == INT8:
+            from mra_export.quantize import quantize  # here, because it needs onnxruntime
+
+            tell(f"quantise to int8, {f'calibrated with {len(samples)} pieces of {calibration}' if samples else 'dynamic'}")
+            graph, quantization = quantize(graph, samples, str(calibration))
         tell("write model.onnx and check it")
         save_checked(graph, folder)
         del graph
@@ -100,7 +112,7 @@ def export_bundle(
         shutil.copy(op_library, library)
 
         tell("write the manifest")
-        manifest = _manifest(network, task, dtype, opset, attributes, promised, source)
+        manifest = _manifest(network, task, dtype, opset, attributes, promised, source, quantization)
         manifest.files = bundles.list_files(folder)
         bundles.write_manifest(folder, manifest)
         del network
@@ -113,6 +125,20 @@ def export_bundle(
             bundles.write_manifest(folder, manifest)
         tell(f"publish {out}")
     return Path(out)
+
+
+def _check_dtype(dtype: str, calibration: object, padding_invariant: bool) -> None:
+    if dtype not in PRECISIONS:
+        raise ContractError(f"dtype is {dtype!r}: use one of {', '.join(PRECISIONS)}")
+    if calibration is not None and dtype != INT8:
+        raise ContractError(
+            f"calibration text {calibration} is for dtype int8, dtype is {dtype}: leave it out, or export with int8"
+        )
+    if padding_invariant and dtype == INT8 and calibration is None:
+        raise ContractError(
+            "a padding-invariant int8 bundle needs calibration text: without it the scales are taken from all of a batch, so a "
+            "text would not give the same in another one"
+        )
 
 
 def _network(model: str | os.PathLike[str] | PreTrainedModel, task: str, dtype: str) -> tuple[MraPreTrainedModel, str, Path | None]:
@@ -157,7 +183,14 @@ def _tokenizer_folder(source: str, download: bool) -> Path | None:
 
 
 def _manifest(
-    network: MraPreTrainedModel, task: str, dtype: str, opset: int, attributes: Attributes, promised: Signature, source: str
+    network: MraPreTrainedModel,
+    task: str,
+    dtype: str,
+    opset: int,
+    attributes: Attributes,
+    promised: Signature,
+    source: str,
+    quantization: Quantization | None,
 ) -> Manifest:
     config = network.config
     return Manifest(
@@ -178,7 +211,7 @@ def _manifest(
         padding_invariant=attributes.padding_invariant,
         attributes=attributes.as_dict(),
         inputs=[Tensor(name=name, dtype="int64", axes=list(axes)) for name, axes in promised.inputs.items()],
-        outputs=[Tensor(name=name, dtype=DTYPES[dtype], axes=list(axes)) for name, axes in promised.outputs.items()],
+        outputs=[Tensor(name=name, dtype=DTYPES[float_dtype(dtype)], axes=list(axes)) for name, axes in promised.outputs.items()],
         files={},
         versions={
             "mra_export": mra_export.__version__,
@@ -188,4 +221,5 @@ def _manifest(
             "transformers": transformers.__version__,
         },
         source=source,
+        quantization=quantization,
     )

@@ -107,14 +107,21 @@ def to_onnx(model: PreTrainedModel, task: str, attributes: Attributes, dtype: st
     return exported
 
 
+def save(model: ir.Model, path: Path) -> bool:
+    """Write the graph to `path`, and above 2 GB of weights those to EXTERNAL_DATA beside it; returns whether it did that."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    large = bool(weights > _SINGLE_FILE_LIMIT)
+    ir.save(model, path, external_data=EXTERNAL_DATA if large else None)
+    return large
+
+
 def save_checked(model: ir.Model, folder: Path) -> None:
     """Write model.onnx, and above 2 GB of weights model.onnx.data, then run onnx's checker with shape inference over the file.
 
     Raises ContractError with the checker's words.
     """
     path = folder / bundle.MODEL
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=EXTERNAL_DATA if weights > _SINGLE_FILE_LIMIT else None)
+    save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

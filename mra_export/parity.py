@@ -50,7 +50,7 @@ class Difference:
 class Row:
     """One line of a parity report.
 
-    check: what was compared ("outputs", "golden", "operator", "selection", "canary", "padding").
+    check: what was compared ("outputs", "golden", "operator", "selection", "canary", "padding", "accuracy").
     case: the input, in words. status: "pass", "fail" or "skip", with the reason beside it. needed: the tolerance that would have
     passed; tolerance: the one allowed.
     """

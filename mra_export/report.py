@@ -19,7 +19,7 @@ from mra_export.parity import FAIL, PASS, SKIP, Row, passed
 if TYPE_CHECKING:
     from rich.console import Group
 
-_CHECKS = ("golden", "outputs", "selection", "operator", "canary", "padding", "polygraphy")
+_CHECKS = ("golden", "outputs", "selection", "operator", "canary", "padding", "accuracy", "polygraphy")
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,9 @@ def _summarise(backend: str, check: str, rows: list[Row]) -> dict[str, Any]:
         line["reason"] = (
             f"lowest overlap of a layer {min(row.detail['overlap'] for row in compared):.2%}, {differing} near-ties differ"
         )
-    if failed:
+    if check == "accuracy":
+        line["reason"] = rows[0].reason
+    elif failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         line["reason"] = f"{failed[0].case}: {failed[0].reason}{more}"
     elif skipped:

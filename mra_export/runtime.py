@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mra_export import parity
 from mra_export.backends import CudaBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
-from mra_export.contract import TOLERANCES
+from mra_export.contract import INT8, TOLERANCES, float_dtype
 from mra_export.errors import BackendError, ContractError, ParityError
 from mra_export.inputs import InputSpec, is_torch, like
 
@@ -35,13 +35,16 @@ DEVICES = ("cpu", "cuda")
 class MraRuntime:
     """A loaded bundle. Thread-safe; batch and length may change from call to call. Use `load`, and `close` or a with statement.
 
-    backend: "torch", "onnxruntime" or "tensorrt", the one that runs. device: "cpu" or "cuda".
+    backend: "torch", "onnxruntime" or "tensorrt", the one that runs. device: "cpu" or "cuda". precision: the bundle's dtype, but
+    "fp32" for torch with an int8 bundle, whose weights are the float model's.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self.backend = backend.name
         self.device = backend.device
+        dtype = bundle.manifest.dtype
+        self.precision = float_dtype(dtype) if backend.name == "torch" else dtype
         self._running: Backend | None = backend
         self._inputs = input_spec(bundle)
 
@@ -128,7 +131,7 @@ class MraRuntime:
 
     def compare_golden(self) -> list[parity.Row]:
         """The rows of `validate`, whatever they say."""
-        dtype = self.bundle.manifest.dtype
+        dtype = self.precision
         tolerance = TOLERANCES[dtype].model_free
         rows = []
         for inputs, expected in zip(*self.bundle.golden(), strict=True):
@@ -193,6 +196,8 @@ def choose_backend(bundle: Bundle, device: str, use_op_library: bool) -> tuple[s
 
     if use_op_library and OP_LIBRARY not in bundle.manifest.files:
         return "torch", "the bundle holds no op library for ONNX Runtime"
+    if device == "cuda" and dtype == INT8:
+        return "torch", "int8 graphs are for CPUs; torch runs the float model"
     if device == "cuda" and not onnx_runtime.cuda_available():
         return "torch", "this onnxruntime has no CUDA provider"
     if device == "cpu" and dtype == "bf16":
@@ -209,7 +214,7 @@ def _torch(bundle: Bundle, device: str, use_op_library: bool) -> Backend:
     return TorchBackend(
         bundle.path,
         task=manifest.task,
-        dtype=manifest.dtype,
+        dtype=float_dtype(manifest.dtype),
         padding_invariant=manifest.padding_invariant,
         device=device,
         reference=not use_op_library,
@@ -229,6 +234,8 @@ def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_th
         raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
     from mra_export.backends.onnx_runtime import OnnxRuntimeBackend
 
+    if device == "cuda" and bundle.manifest.dtype == INT8:
+        raise BackendError("an int8 bundle's graph is for CPUs: use device 'cpu', or export with --dtype fp16 for a GPU")
     library = None
     if use_op_library:
         if OP_LIBRARY not in bundle.manifest.files:
@@ -238,5 +245,9 @@ def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_th
             )
         library = bundle.file(OP_LIBRARY)
     return OnnxRuntimeBackend(
-        bundle.file(MODEL), dtype=bundle.manifest.dtype, library=library, device=device, intra_op_threads=intra_op_threads
+        bundle.file(MODEL),
+        dtype=float_dtype(bundle.manifest.dtype),
+        library=library,
+        device=device,
+        intra_op_threads=intra_op_threads,
     )

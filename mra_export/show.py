@@ -75,6 +75,7 @@ def _inspect(facts: dict[str, Any]) -> Shown:
         "model": f"{model['architecture']}, {dimensions}, {model['vocab_size']} tokens, length {model['max_position_embeddings']}",
         "task": facts["task"],
         "dtype, opset": f"{facts['dtype']}, {facts['opset']}",
+        **({"quantisation": _quantization(facts["quantization"])} if facts["quantization"] else {}),
         "inputs": "; ".join(_tensor(tensor) for tensor in graph["inputs"]),
         "outputs": "; ".join(_tensor(tensor) for tensor in graph["outputs"]),
         "operator": ", ".join(f"{name} {value}" for name, value in facts["attributes"].items()),
@@ -96,6 +97,17 @@ def _inspect(facts: dict[str, Any]) -> Shown:
     if facts["engines"]:
         tables.append(_titled("engines", _engines(facts["engines"])))
     return tables
+
+
+def _quantization(facts: dict[str, Any]) -> str:
+    calibration = facts["calibration"]
+    how = f"{facts['method']}, {len(facts['quantized'])} matrix products: "
+    how += f"weights {facts['weights']}; activations {facts['activations']}"
+    if facts["kept"]:
+        how += f"; in float32: {', '.join(facts['kept'])}"
+    if calibration:
+        how += f"; calibrated with {calibration['windows']} pieces ({calibration['tokens']} tokens) of {calibration['text']}"
+    return how
 
 
 def _engines(engines: list[dict[str, Any]]) -> Table:
@@ -131,6 +143,7 @@ def _doctor(facts: dict[str, Any]) -> Shown:
         here.add_row(name, version)
     cpu = facts["cpu"]
     here.add_row("processor", f"{cpu['model']}, {cpu['cpus']} CPUs, {' '.join(cpu['features'])}")
+    here.add_row("int8 products", cpu["int8"])
     for gpu in facts["gpu"]:
         here.add_row("GPU", ", ".join(gpu.values()))
     if not facts["gpu"]:

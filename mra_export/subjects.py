@@ -17,7 +17,16 @@ from mra_export import kernel
 from mra_export.backends.onnx_runtime import OnnxRuntimeBackend, session_options
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.cases import Case, Inputs, function_body_bytes
-from mra_export.contract import DTYPES, OP_DOMAIN, OP_TYPE, OP_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, Attributes
+from mra_export.contract import (
+    DTYPES,
+    OP_DOMAIN,
+    OP_TYPE,
+    OP_VERSION,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    Attributes,
+    float_dtype,
+)
 from mra_export.errors import BackendError
 from mra_export.model.attention import mra_attention
 from mra_export.onnx_function import element_type, function_proto
@@ -38,13 +47,18 @@ _REFERENCE_TOKENS, _REFERENCE_MODEL = 256, 200 << 20
 
 
 class Subject(ABC):
-    """One runtime under test. opaque: it does not show its layers, so `observe` gives none and `operator` is not to be called."""
+    """One runtime under test. opaque: it does not show its layers, so `observe` gives none and `operator` is not to be called.
+
+    precision: what its answer is judged as, a name of contract.TOLERANCES. dtype: of its operator, a name of contract.DTYPES.
+    """
 
     opaque = False
 
     def __init__(self, name: str, bundle: Bundle) -> None:
         self.name = name
         self.bundle = bundle
+        self.precision = bundle.manifest.dtype
+        self.dtype = float_dtype(self.precision)
         self.runtime: MraRuntime | None = None
 
     @abstractmethod
@@ -81,6 +95,7 @@ def open_subject(name: str, bundle: Bundle) -> Subject:
 class _Torch(Subject):
     def __init__(self, name: str, bundle: Bundle) -> None:
         super().__init__(name, bundle)
+        self.precision = self.dtype  # int8 is a matter of the graph: the weights are the float model's
         self._reference = name == "torch-reference"
         if not self._reference and not kernel.available():
             raise BackendError(
@@ -101,7 +116,7 @@ class _Torch(Subject):
     def operator(
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
     ) -> Float32:
-        dtype = getattr(torch, DTYPES[self.bundle.manifest.dtype])
+        dtype = getattr(torch, DTYPES[self.dtype])
         tensors = [torch.from_numpy(array).to(dtype) for array in (query, key, value)]
         real = torch.from_numpy(mask).to(torch.int32)
         with torch.inference_mode():
@@ -118,9 +133,9 @@ class _OnnxRuntime(Subject):
         self._library = bundle.file(OP_LIBRARY) if name == "onnxruntime" and OP_LIBRARY in bundle.manifest.files else None
         self.runtime = MraRuntime.load(bundle, "onnxruntime", use_op_library=name == "onnxruntime")
         self._graph = DebugGraph(
-            bundle.file(MODEL), bundle.manifest.operator_attributes(), bundle.manifest.dtype, function_choice=self._library is None
+            bundle.file(MODEL), bundle.manifest.operator_attributes(), self.dtype, function_choice=self._library is None
         )
-        self._debug = OnnxRuntimeBackend(self._graph.take(), dtype=bundle.manifest.dtype, library=self._library)
+        self._debug = OnnxRuntimeBackend(self._graph.take(), dtype=self.dtype, library=self._library)
 
     def run(self, inputs: Inputs) -> Arrays:
         assert self.runtime is not None
@@ -133,11 +148,11 @@ class _OnnxRuntime(Subject):
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
     ) -> Float32:
         manifest = self.bundle.manifest
-        model = operator_model(attributes, query.shape[2], manifest.dtype, manifest.opset)
+        model = operator_model(attributes, query.shape[2], self.dtype, manifest.opset)
         session = ort.InferenceSession(
             model.SerializeToString(), session_options(self._library), providers=["CPUExecutionProvider"]
         )
-        return np.asarray(session.run(None, _operator_feed(manifest.dtype, query, key, value, mask))[0]).astype(np.float32)
+        return np.asarray(session.run(None, _operator_feed(self.dtype, query, key, value, mask))[0]).astype(np.float32)
 
     def cannot_run(self, case: Case) -> str | None:
         needed = function_body_bytes(self.bundle, *case.tokens)
@@ -158,9 +173,7 @@ class _OnnxReference(Subject):
             raise BackendError(
                 f"the graph has {size >> 20} MB: onnx's ReferenceEvaluator is plain numpy, verify gives it up to {limit} MB"
             )
-        self._graph = DebugGraph(
-            bundle.file(MODEL), bundle.manifest.operator_attributes(), bundle.manifest.dtype, function_choice=True
-        )
+        self._graph = DebugGraph(bundle.file(MODEL), bundle.manifest.operator_attributes(), self.dtype, function_choice=True)
         self._evaluator = ReferenceEvaluator(onnx.load_from_string(self._graph.take()))
 
     def observe(self, inputs: Inputs) -> tuple[Arrays, list[Layer]]:
@@ -172,9 +185,9 @@ class _OnnxReference(Subject):
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
     ) -> Float32:
         manifest = self.bundle.manifest
-        evaluator = ReferenceEvaluator(operator_model(attributes, query.shape[2], manifest.dtype, manifest.opset))
+        evaluator = ReferenceEvaluator(operator_model(attributes, query.shape[2], self.dtype, manifest.opset))
         with np.errstate(all="ignore"):
-            outputs = list(evaluator.run(None, _operator_feed(manifest.dtype, query, key, value, mask)))
+            outputs = list(evaluator.run(None, _operator_feed(self.dtype, query, key, value, mask)))
         return np.asarray(outputs[0]).astype(np.float32)
 
     def cannot_run(self, case: Case) -> str | None:

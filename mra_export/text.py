@@ -86,6 +86,22 @@ class Tokenizer:
         """(start, end) characters of each token; equal for tokens that are not in the text."""
         return list(self._encodings([text], max_length, None)[0].offsets)
 
+    def tokens(self, text: str) -> list[int]:
+        """The text's token ids, however many, without special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that go before and after a text."""
+        bare, whole = self.tokens("a"), list(self._tokenizer.encode("a").ids)
+        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of tokens that stand for no text: start, end, padding, mask."""
+        return [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+
     def decode(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 

@@ -9,6 +9,7 @@ operator   one layer's real queries, keys and values through the operator alone,
            every runtime must choose the same blocks
 canary     changing one token changes the answer elsewhere: a graph that ignores attention would pass everything else
 padding    padding-invariant bundles: a text alone and in a batch gives the same
+accuracy   where held-out text is given: the share of masked tokens named right, beside PyTorch's (accuracy.py)
 polygraphy the runtimes that share the graph (ONNX Runtime, TensorRT) with each other, by Polygraphy's comparator
 
 A TensorRT engine does not show its layers: its outputs are compared with the reference's own choice of blocks.
@@ -17,6 +18,7 @@ A TensorRT engine does not show its layers: its outputs are compared with the re
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mra_export import polygraphy_compare
+from mra_export import accuracy, polygraphy_compare
 from mra_export.backends.pytorch import TorchBackend
 from mra_export.bundle import Bundle
 from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
-from mra_export.contract import DTYPES, TOLERANCES, Attributes
+from mra_export.contract import DTYPES, TOLERANCES, Attributes, float_dtype
 from mra_export.errors import BackendError, ContractError, EngineError
 from mra_export.parity import FAIL, PASS, SKIP, Row, judge, measure
 from mra_export.probe import Layer, TorchProbe, possible_choices
@@ -40,6 +42,8 @@ from mra_export.subjects import NAMES, Arrays, Subject, open_subject
 Progress = Callable[[str], None]
 _OPERATOR_LENGTH = 320
 """Tokens at most for the operator's rows: their oracle is dense."""
+_USERS_RUN = ("onnxruntime", "tensorrt")
+"""Whose accuracy is measured: the others are there for comparison, and slow."""
 _CANARY_SHARE = 0.1
 """The canary's effect must be at least this share of what it is in the reference."""
 
@@ -50,12 +54,14 @@ def verify(
     *,
     seeds: int = 1,
     quick: bool = False,
+    held_out: str | os.PathLike[str] | None = None,
     progress: Progress = lambda text: None,
 ) -> Report:
     """Compare runtimes with PyTorch. A case that fails is a row of the report, not an exception.
 
     backends: of subjects.NAMES. None named: all, and one that cannot run here is a skipped row that says why; a named one that
     cannot run raises BackendError. seeds: how many sets of random inputs. quick: four shapes, and no text.
+    held_out: a text file or a folder of them, to measure a fill-mask model's accuracy on, in the runtimes that users run.
     """
     if seeds < 1:
         raise ContractError(f"seeds is {seeds}: it must be 1 or more")
@@ -65,15 +71,15 @@ def verify(
     started = time.monotonic()
     dtype = bundle.manifest.dtype
     progress(f"loading {bundle.path} in PyTorch, float32, as the reference")
-    plan = _Plan(bundle, seeds, quick)
+    plan = _Plan(bundle, seeds, quick, held_out, progress)
     rows: list[Row] = []
     shared: list[str] = []  # runtimes that Polygraphy compares with each other
     golden = bundle.golden()[0]
     for name in backends or NAMES:
         if name == "tensorrt" and not backends and not bundle.manifest.engines:
             continue
-        if name == "torch-reference" and dtype == "fp32" and not backends:
-            rows.append(Row("outputs", name, dtype, "all", "", SKIP, "this is the reference itself"))
+        if name == "torch-reference" and float_dtype(dtype) == "fp32" and not backends:
+            rows.append(Row("outputs", name, "fp32", "all", "", SKIP, "this is the reference itself"))
             continue
         progress(f"{name}: loading")
         try:
@@ -113,11 +119,17 @@ class _Reference:
 class _Plan:
     """What every runtime is put through, and what PyTorch says to it."""
 
-    def __init__(self, bundle: Bundle, seeds: int, quick: bool) -> None:
+    def __init__(
+        self, bundle: Bundle, seeds: int, quick: bool, held_out: str | os.PathLike[str] | None, progress: Progress
+    ) -> None:
         self.reference = _Reference(bundle)
         self.cases = sweep(bundle, seeds, quick) + ([] if quick else text_cases(bundle))
         self.operator_cases = list(_operator_cases(bundle, self.reference))
         self.canaries = list(_canaries(bundle, self.reference))
+        self.held_out = None if held_out is None else accuracy.HeldOut(bundle, held_out)
+        if self.held_out is not None:
+            progress(f"PyTorch's accuracy on {held_out}")
+            self.named = self.held_out.named(lambda inputs: self.reference.run(inputs)[0])
 
 
 def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
@@ -128,7 +140,7 @@ def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
         progress(f"{subject.name}: {case.name}")
         too_much = subject.cannot_run(case)
         if too_much:
-            yield Row("outputs", subject.name, subject.bundle.manifest.dtype, case.name, "", SKIP, too_much)
+            yield Row("outputs", subject.name, subject.precision, case.name, "", SKIP, too_much)
         else:
             yield from _outputs_and_selection(subject, plan.reference, case)
     progress(f"{subject.name}: operator, canary, padding")
@@ -137,10 +149,14 @@ def _check(subject: Subject, plan: _Plan, progress: Progress) -> Iterator[Row]:
     yield from (_canary(subject, canary) for canary in plan.canaries)
     if subject.bundle.manifest.padding_invariant:
         yield from _padding(subject)
+    if plan.held_out is not None and subject.name in _USERS_RUN:
+        progress(f"{subject.name}: accuracy on {plan.held_out.text}")
+        named = plan.held_out.named(subject.run)
+        yield accuracy.judge(subject.name, subject.precision, plan.held_out.text, named, plan.named)
 
 
 def _outputs_and_selection(subject: Subject, reference: _Reference, case: Case) -> Iterator[Row]:
-    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
+    bundle, dtype = subject.bundle, subject.precision
     tolerance = TOLERANCES[dtype]
     actual, layers = subject.observe(case.inputs)
     differing = 0
@@ -198,7 +214,7 @@ def _distance(bundle: Bundle, case: Case, actual: Arrays, expected: Arrays) -> f
 
 
 def _selection_row(subject: Subject, case: Case, overlaps: Sequence[Overlap]) -> Row:
-    dtype = subject.bundle.manifest.dtype
+    dtype = subject.precision
     limit = TOLERANCES[dtype].near_tie
     margin = max((layer.largest_margin for layer in overlaps), default=0.0)
     differing = sum(layer.differing for layer in overlaps)
@@ -253,7 +269,7 @@ def _operator_cases(bundle: Bundle, reference: _Reference) -> Iterator[_Operator
 
 
 def _operator(subject: Subject, case: _OperatorCase) -> Row:
-    dtype = subject.bundle.manifest.dtype
+    dtype = subject.precision
     actual = subject.operator(case.attributes, case.query, case.key, case.value, case.mask)
     return judge(
         "operator", subject.name, dtype, case.name, "context", actual, case.expected, TOLERANCES[dtype].operator, keep=case.mask
@@ -261,8 +277,8 @@ def _operator(subject: Subject, case: _OperatorCase) -> Row:
 
 
 def _rounded(array: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[np.float32]:
-    """Values of the bundle's dtype, kept in float32."""
-    if dtype == "fp32":
+    """Values of the operator's dtype, kept in float32."""
+    if float_dtype(dtype) == "fp32":
         return array
     import ml_dtypes  # bfloat16 for numpy, which comes with onnx
 
@@ -299,7 +315,7 @@ def _canaries(bundle: Bundle, reference: _Reference) -> Iterator[_Canary]:
 
 
 def _canary(subject: Subject, canary: _Canary) -> Row:
-    dtype, wanted = subject.bundle.manifest.dtype, canary.effect
+    dtype, wanted = subject.precision, canary.effect
     what = (
         "changing token 0 changes the others" if canary.per_token else "changing the other tokens changes what is read at token 0"
     )
@@ -317,7 +333,7 @@ def _canary(subject: Subject, canary: _Canary) -> Row:
 
 
 def _padding(subject: Subject) -> Iterator[Row]:
-    bundle, dtype = subject.bundle, subject.bundle.manifest.dtype
+    bundle, dtype = subject.bundle, subject.precision
     batch = random_case(bundle, 2, min(bundle.manifest.model.max_position_embeddings, 100), seed=0)
     row = {name: value[1:2] for name, value in batch.inputs.items()}
     length = int(row["attention_mask"].reshape(-1, row["attention_mask"].shape[-1])[0].sum())  # row 1 is padded at its end

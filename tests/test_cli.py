@@ -91,7 +91,7 @@ def test_version() -> None:
         ["verify", "bundle", "--backend", "jax"],
         ["verify", "bundle", "--seeds", "0"],
         ["export", "model"],
-        ["export", "model", "out", "--dtype", "int8"],
+        ["export", "model", "out", "--dtype", "int4"],
         ["export", "model", "out", "--task", "poetry"],
         ["init", "huge", "out"],
         ["init", "tiny", "out", "--seed", "-1"],

@@ -22,6 +22,7 @@ RULES = {
     "mra_export.kernel": FRAMEWORKS,
     "mra_export.model": RUNTIMES | {"onnx", "onnxscript"},
     "mra_export.export": RUNTIMES,
+    "mra_export.quantize": {"tensorrt", "tensorrt_rtx"},
     "mra_export.engine": {"torch", "transformers", "mra_export.model"},
     "mra_export.runtime": {"torch", "transformers", "mra_export.model"},
     "mra_export.bench": RUNTIMES | {"torch", "transformers", "mra_export.model"},
