@@ -241,11 +241,11 @@ version: 1
 events: Ir
 ob=/somewhere/mra_attention_stages
 fl=kernels.cc
-fn=PackHead<float>(int)'Pack'Run
+fn=PackBlocks<float>(int)'Pack'Run
 0 30
 calls=1 0
 0 999
-fn=Convert'PackHead<float>(int)'Pack'Run
+fn=Convert'PackBlocks<float>(int)'Pack'Run
 0 20
 fn=memset'Choose'Select'Run
 0 7
@@ -254,7 +254,7 @@ fn=strlen
 """
 PERF = """\
 
-            1000 mra::avx2::(anonymous namespace)::PackHead<float>
+            1000 mra::avx2::(anonymous namespace)::PackBlocks<float>
             2005 mra::(anonymous namespace)::Run
 
 
@@ -269,13 +269,17 @@ def test_callgrinds_costs_are_read_with_their_callers(script) -> None:
     module = script("cpu_stages")
     costs = module.parse_callgrind(CALLGRIND.splitlines())
     assert costs == {
-        ("PackHead<float>(int)", "Pack", "Run"): 30,
-        ("Convert", "PackHead<float>(int)", "Pack", "Run"): 20,
+        ("PackBlocks<float>(int)", "Pack", "Run"): 30,
+        ("Convert", "PackBlocks<float>(int)", "Pack", "Run"): 20,
         ("memset", "Choose", "Select", "Run"): 7,
         ("strlen",): 1,
     }
     found = module.stages(costs)
-    assert [(s.phase, s.name, s.cost) for s in found] == [("pack", "PackHead", 50), ("select", "Choose", 7), ("other", "strlen", 1)]
+    assert [(s.phase, s.name, s.cost) for s in found] == [
+        ("pack", "PackBlocks", 50),
+        ("select", "Choose", 7),
+        ("other", "strlen", 1),
+    ]
     assert [s.share for s in found] == [50 / 58, 7 / 58, 1 / 58]
 
 
@@ -283,12 +287,12 @@ def test_perfs_samples_are_read_with_their_callers(script) -> None:
     module = script("cpu_stages")
     costs = module.parse_perf(PERF.splitlines())
     assert costs == {
-        ("mra::avx2::(anonymous namespace)::PackHead<float>", "mra::(anonymous namespace)::Run"): 1,
+        ("mra::avx2::(anonymous namespace)::PackBlocks<float>", "mra::(anonymous namespace)::Run"): 1,
         ("memset", "Choose"): 1,
         ("__strlen_avx2",): 1,
     }
     assert {(s.phase, s.name) for s in module.stages(costs)} == {
-        ("pack", "PackHead"),
+        ("pack", "PackBlocks"),
         ("select", "Choose"),
         ("other", "__strlen_avx2"),
     }
@@ -297,7 +301,7 @@ def test_perfs_samples_are_read_with_their_callers(script) -> None:
 @pytest.mark.parametrize(
     ("function", "name"),
     [
-        ("void mra::avx2::(anonymous namespace)::PackHead<float>(mra::Problem const&, long, long)", "PackHead"),
+        ("void mra::avx2::(anonymous namespace)::PackBlocks<float>(mra::Problem const&, long, long)", "PackBlocks"),
         ("mra::(anonymous namespace)::Run", "Run"),
         ("Choose(int) [clone .constprop.0]", "Choose"),
         ("mra::N_AVX3::LogitsOfBlocks<hwy::N_AVX3::Simd<float, 16ul, 0> >(float const*)", "LogitsOfBlocks"),
@@ -361,5 +365,5 @@ def test_callgrind_sees_the_kernels_stages(tmp_path) -> None:
     assert 0.1 < profile["total"] / profile["multiply_adds"] < 10, "8 to an instruction at best"
     shares = {stage["name"]: stage["share"] for stage in profile["stages"]}
     assert sum(shares.values()) == pytest.approx(1)
-    assert "PackHead" in shares
+    assert "PackBlocks" in shares
     assert "| **pack** |" in done.stdout
