@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import aarch64
+import amx
 import instruction_sets
 import pytest
 from driven_library import DrivenLibrary
@@ -26,8 +26,11 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv(VARIABLE, name)
         driven = None
         if name in instruction_sets.targets():
-            library = _load_copy(tmp_path_factory.mktemp(name), patch)
-            patch.setattr(kernel, "library", lambda: library)
+            if not kernel.available():
+                pytest.skip("libmra_attention is not built: pip install -e .")
+            _load_copy(libraries.require("kernels"), tmp_path_factory.mktemp(name), patch)
+        elif name == "amx_bf16":
+            _load_copy(amx.build() / libraries.FILES["kernels"], tmp_path_factory.mktemp(name), patch)
         elif name in instruction_sets.FLAGS["aarch64"]:
             driven = DrivenLibrary([*aarch64.EMULATOR, aarch64.build() / "mra_attention_driver"])
             driven.stand_in(patch)
@@ -36,17 +39,16 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         try:
             assert kernel.cpu_target() == name
             patch.delenv(VARIABLE)
-            yield Target(name, emulated=driven is not None)
+            yield Target(name, emulated=name not in instruction_sets.targets())
         finally:
             if driven:
                 driven.close()
 
 
-def _load_copy(folder: Path, patch: pytest.MonkeyPatch) -> Any:
-    """Another instance of the library: one asks for its instruction set once, at the first call."""
-    if not kernel.available():
-        pytest.skip("libmra_attention is not built: pip install -e .")
-    shutil.copy(libraries.require("kernels"), folder)
+def _load_copy(library: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """mra_export.kernel uses another instance of the library: one asks for its instruction set once, at the first call."""
+    shutil.copy(library, folder)
     with patch.context() as during:
         during.setenv(libraries.DIRECTORY_VARIABLE, str(folder))
-        return kernel.library.__wrapped__()
+        loaded = kernel.library.__wrapped__()
+    patch.setattr(kernel, "library", lambda: loaded)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 _AVX2 = ("avx2", "bmi1", "bmi2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_AVX512_BF16 = (*_AVX512, "avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "gfni", "vaes")
 FLAGS = {
     "x86_64": {
         "baseline": (),
         "avx2": _AVX2,
         "avx512": _AVX512,
-        "avx512_bf16": (*_AVX512, "avx512_bf16", "avx512_vnni", "avx512vbmi", "avx512_vbmi2", "avx512_bitalg", "gfni", "vaes"),
+        "avx512_bf16": _AVX512_BF16,
+        "amx_bf16": (*_AVX512_BF16, "amx_tile", "amx_bf16"),
     },
     "aarch64": {"neon": ()},
 }

@@ -7,6 +7,8 @@
 #include <string.h>
 
 #include "hwy/highway.h"
+#include "mra_attention_amx-inl.h"
+#include "mra_attention_amx.h"
 #include "mra_attention_attend-inl.h"
 #include "mra_attention_pack-inl.h"
 #include "mra_attention_problem.h"
@@ -16,13 +18,8 @@ HWY_BEFORE_NAMESPACE();
 namespace mra {
 namespace HWY_NAMESPACE {
 
-// The products that bfloat16 inputs take. float32 and float16 inputs always take FloatProducts.
-#if HWY_NATIVE_DOT_BF16
-using BFloatProducts = PairProducts;
-#else
-using BFloatProducts = FloatProducts;
-#endif
-
+// BFloatProducts: the products that bfloat16 inputs take. float32 and float16 inputs always take FloatProducts.
+template <class BFloatProducts>
 void Pack(const Problem& problem, const Bundle& bundle, int64_t chunk, int64_t worker) {
   switch (problem.params->dtype) {
     case MRA_FLOAT16:
@@ -34,6 +31,7 @@ void Pack(const Problem& problem, const Bundle& bundle, int64_t chunk, int64_t w
   }
 }
 
+template <class BFloatProducts>
 void Attend(const Problem& problem, const Bundle& bundle, int64_t head, int64_t piece, int64_t worker) {
   switch (problem.params->dtype) {
     case MRA_FLOAT16:
@@ -45,8 +43,12 @@ void Attend(const Problem& problem, const Bundle& bundle, int64_t head, int64_t 
   }
 }
 
-extern const Kernels kKernels;
-const Kernels kKernels = {Pack, SelectHead, Attend};
+#if HWY_NATIVE_DOT_BF16
+const Kernels kKernels = {Pack<PairProducts>, SelectHead, Attend<PairProducts>};
+const Kernels kTileKernels = {Pack<TileProducts>, SelectHead, Attend<TileProducts>};
+#else
+const Kernels kKernels = {Pack<FloatProducts>, SelectHead, Attend<FloatProducts>};
+#endif
 
 }  // namespace HWY_NAMESPACE
 }  // namespace mra
@@ -59,30 +61,37 @@ CpuTarget FindCpuTarget(const char* wanted) {
   const struct {
     int64_t target;
     CpuTarget found;
+    bool tiles;
   } best_first[] = {
+#if HWY_TARGETS & HWY_AVX3_SPR
+      {HWY_AVX3_SPR, {"amx_bf16", &N_AVX3_SPR::kTileKernels}, true},
+      {HWY_AVX3_SPR, {"avx512_bf16", &N_AVX3_SPR::kKernels}, false},
+#endif
 #if HWY_TARGETS & HWY_AVX3_ZEN4
-      {HWY_AVX3_ZEN4, {"avx512_bf16", &N_AVX3_ZEN4::kKernels}},
+      {HWY_AVX3_ZEN4, {"amx_bf16", &N_AVX3_ZEN4::kTileKernels}, true},
+      {HWY_AVX3_ZEN4, {"avx512_bf16", &N_AVX3_ZEN4::kKernels}, false},
 #endif
 #if HWY_TARGETS & HWY_AVX3
-      {HWY_AVX3, {"avx512", &N_AVX3::kKernels}},
+      {HWY_AVX3, {"avx512", &N_AVX3::kKernels}, false},
 #endif
 #if HWY_TARGETS & HWY_AVX2
-      {HWY_AVX2, {"avx2", &N_AVX2::kKernels}},
+      {HWY_AVX2, {"avx2", &N_AVX2::kKernels}, false},
 #endif
 #if HWY_TARGETS & HWY_NEON_WITHOUT_AES
-      {HWY_NEON_WITHOUT_AES, {"neon", &N_NEON_WITHOUT_AES::kKernels}},
+      {HWY_NEON_WITHOUT_AES, {"neon", &N_NEON_WITHOUT_AES::kKernels}, false},
 #endif
 #if HWY_TARGETS & HWY_SSE2
-      {HWY_SSE2, {"baseline", &N_SSE2::kKernels}},
+      {HWY_SSE2, {"baseline", &N_SSE2::kKernels}, false},
 #endif
 #if HWY_TARGETS & HWY_EMU128
-      {HWY_EMU128, {"baseline", &N_EMU128::kKernels}},
+      {HWY_EMU128, {"baseline", &N_EMU128::kKernels}, false},
 #endif
   };
   const int64_t supported = hwy::SupportedTargets();
   for (const auto& one : best_first) {
     if ((supported & one.target) == 0) continue;
-    if (wanted == nullptr || *wanted == '\0' || strcmp(wanted, one.found.name) == 0) return one.found;
+    if (wanted != nullptr && *wanted != '\0' && strcmp(wanted, one.found.name) != 0) continue;
+    if (!one.tiles || HasTiles()) return one.found;
   }
   return {nullptr, nullptr};
 }

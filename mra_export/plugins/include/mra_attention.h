@@ -81,8 +81,9 @@ MRA_API int32_t mra_attention_contract_version(void);
 /* One English sentence for a status; never NULL. */
 MRA_API const char* mra_status_string(MraStatus status);
 
-/* The instruction set that mra_attention_cpu runs on here: "avx512_bf16", "avx512", "avx2", "neon" or "baseline"; the environment
- * variable MRA_ATTENTION_CPU_TARGET, read at the first call, asks for one of them. NULL: it asks for one that is not there. */
+/* The instruction set that mra_attention_cpu runs on here: "amx_bf16", "avx512_bf16", "avx512", "avx2", "neon" or "baseline"; the
+ * environment variable MRA_ATTENTION_CPU_TARGET, read at the first call, asks for one of them. NULL: it asks for one that is not
+ * there. */
 MRA_API const char* mra_attention_cpu_target(void);
 
 /* Bytes of workspace that mra_attention_cpu needs for these parameters, for up to num_threads threads. Depends on shapes only. */
