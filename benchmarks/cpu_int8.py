@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from cpu_attention import machine, take_turns
+from measure import machine, take_turns
 
 from mra_export import MraRuntime
 from mra_export.doctor import cpu

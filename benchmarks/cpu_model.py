@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 import transformers
-from cpu_attention import Timing, machine, matmul_gflops, take_turns
+from measure import Timing, machine, matmul_gflops, take_turns
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import RobertaConfig, RobertaModel
