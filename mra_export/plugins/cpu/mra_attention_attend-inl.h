@@ -213,8 +213,8 @@ HWY_NOINLINE void AttendPiece(const Problem& problem, const Bundle& bundle, int6
                               int64_t worker_index) {
   const WorkerBuffers& worker = problem.workers[worker_index];
   const Head head = HeadOf(problem, bundle, head_index);
-  const int64_t begin = RowAtShare(problem, head, piece, problem.pieces);
-  const int64_t end = RowAtShare(problem, head, piece + 1, problem.pieces);
+  const int64_t begin = RowAtShare(problem, head, piece, bundle.pieces);
+  const int64_t end = RowAtShare(problem, head, piece + 1, bundle.pieces);
   const bool full = problem.params->approx_mode == MRA_APPROX_FULL;
   const float* value_sum = bundle.buffers.value_sum + head_index * problem.nb * problem.d32;
   Products::Begin();

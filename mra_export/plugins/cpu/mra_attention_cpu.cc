@@ -13,12 +13,11 @@ namespace mra {
 namespace {
 
 constexpr int64_t kMaxWorkers = 1024;
-constexpr int64_t kPiecesPerWorker = 16;   // so that a slow thread holds the others up for a sixteenth of its share
-constexpr double kWorkerProducts = 2e6;    // multiply-adds below which waking another thread does not pay: some 20 us
-constexpr int64_t kMinBundleHeads = 2;     // packed together, so that a token's heads, neighbours in memory, are read in one go
-constexpr int64_t kMaxBundleHeads = 4;     // ... more gains nothing
-constexpr double kBytesPerWorker = 1.5e6;  // packed inputs in flight: a core's own cache and some of the shared one
-constexpr int64_t kSpins = 4096;           // some 50 us, longer than any wait between threads that all run
+constexpr int64_t kPiecesPerWorker = 16;  // so that a slow thread holds the others up for a sixteenth of its share
+constexpr double kWorkerProducts = 2e6;   // multiply-adds below which waking another thread does not pay: some 20 us
+constexpr double kOwnBytes = 1 << 20;     // packed inputs of a head that fit a core's own cache
+constexpr int64_t kMinSharedHeads = 2;    // packed together: a token's heads are neighbours in memory
+constexpr int64_t kSpins = 4096;          // some 50 us, longer than any wait between threads that all run
 constexpr size_t kAlignment = 64;
 
 const CpuTarget& ThisTarget() {
@@ -55,23 +54,34 @@ class Arena {
   bool fits_ = true;
 };
 
-// How far the bundles of a slot have come, counted over all of them: never set back, so never torn between two bundles.
-struct alignas(kAlignment) SlotProgress {
-  std::atomic<int64_t> packed{0};    // chunks
-  std::atomic<int64_t> attended{0};  // pieces
-};
-
 struct Plan {
   Problem problem;
-  int64_t all_heads;     // B * H
-  int64_t bundle_heads;  // the last bundle may have fewer
-  int64_t slots;
+  int64_t own_heads;  // heads that one worker does alone, of all B * H; the rest are shared
   int64_t num_workers;
-  Bundle* bundles;                 // (slots)
-  SlotProgress* progress;          // (slots)
-  std::atomic<int64_t>* selected;  // (slots, bundle_heads): 1 + the last bundle in that slot whose head is selected
+  Bundle* own;  // (num_workers)
+  int64_t shared_heads;
+  Bundle shared;                   // for so many of them at a time
+  std::atomic<int64_t>* selected;  // (shared.heads): how many bundles' head of that number is selected
   size_t bytes;
 };
+
+BundleBuffers TakeBuffers(Arena* arena, const Problem& problem, int64_t heads) {
+  BundleBuffers buffers;
+  const int64_t nb = problem.nb;
+  buffers.queries = arena->Take<float>(heads, nb, kBlock * problem.d16);
+  buffers.keys = arena->Take<float>(heads, nb, kBlock * problem.d16);
+  buffers.values = arena->Take<float>(heads, nb, kBlock * problem.d16);
+  buffers.value_sum = arena->Take<float>(heads, nb, problem.d32);
+  buffers.query_mean = arena->Take<float>(heads, problem.nb8, problem.d16);
+  buffers.key_mean = arena->Take<float>(heads, problem.nb8, problem.d16);
+  buffers.logits = arena->Take<float>(heads, problem.nb8, problem.nb32);
+  buffers.row_max = arena->Take<float>(heads, problem.nb8);
+  buffers.real = arena->Take<uint32_t>(heads, nb);
+  buffers.real_count = arena->Take<float>(heads, problem.nb32);
+  buffers.columns = arena->Take<int32_t>(heads, problem.chosen);
+  buffers.row_start = arena->Take<int64_t>(heads, nb + 1);
+  return buffers;
+}
 
 // Sizes everything from shapes and thread count, and places it in `workspace` unless that is NULL.
 MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* workspace, Plan* plan) {
@@ -88,44 +98,30 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
   const int64_t d16 = problem.d16 = RoundUp(params->head_size, 16);
   const int64_t d32 = problem.d32 = RoundUp(params->head_size, 32);
   problem.chosen = params->num_blocks < nb * nb ? params->num_blocks : nb * nb;
-  plan->all_heads = params->batch * params->num_heads;
+  const int64_t all_heads = params->batch * params->num_heads;
   plan->num_workers = num_threads < kMaxWorkers ? num_threads : kMaxWorkers;
-  const double products = static_cast<double>(plan->all_heads) * static_cast<double>(problem.chosen) * 2.0 * kBlock * kBlock *
+  const double products = static_cast<double>(all_heads) * static_cast<double>(problem.chosen) * 2.0 * kBlock * kBlock *
                           static_cast<double>(params->head_size);
   if (plan->num_workers > 1 + products / kWorkerProducts) plan->num_workers = 1 + static_cast<int64_t>(products / kWorkerProducts);
 
-  // As many heads in a bundle as stay in the caches with one more bundle beside it; one at least for each worker, since one head is
-  // selected by one worker.
+  // Small heads are done alone, but for the last ones: as many as there are workers are shared, so that all end together.
   const double head_bytes = 12.0 * static_cast<double>(nb) * kBlock * static_cast<double>(d16);
-  const double room = static_cast<double>(plan->num_workers) * kBytesPerWorker;
-  int64_t heads = static_cast<int64_t>(room / (2 * head_bytes));
-  heads = heads < kMinBundleHeads ? kMinBundleHeads : heads > kMaxBundleHeads ? kMaxBundleHeads : heads;
-  heads = heads < plan->num_workers ? plan->num_workers : heads;
-  heads = heads < plan->all_heads ? heads : plan->all_heads;
-  plan->bundle_heads = heads;
-  plan->slots = heads < plan->all_heads && 2 * static_cast<double>(heads) * head_bytes <= room ? 2 : 1;
-  const int64_t wanted = (plan->num_workers * kPiecesPerWorker + heads - 1) / heads;
-  problem.pieces = plan->num_workers == 1 ? 1 : (wanted < nb ? wanted : nb);
+  const int64_t workers = plan->num_workers;
+  plan->own_heads = workers == 1 ? all_heads : all_heads > workers && head_bytes <= kOwnBytes ? all_heads - workers : 0;
+  plan->shared_heads = all_heads - plan->own_heads;
+  Bundle& shared = plan->shared;
+  shared.heads = workers > kMinSharedHeads ? workers : kMinSharedHeads;
+  shared.heads = shared.heads < plan->shared_heads ? shared.heads : plan->shared_heads;
+  const int64_t wanted = shared.heads > 0 ? (workers * kPiecesPerWorker + shared.heads - 1) / shared.heads : 1;
+  shared.pieces = wanted < nb ? wanted : nb;
 
   Arena arena(workspace);
-  plan->bundles = arena.Take<Bundle>(plan->slots);
-  plan->progress = arena.Take<SlotProgress>(plan->slots);
-  plan->selected = arena.Take<std::atomic<int64_t>>(plan->slots, heads);
-  for (int64_t slot = 0; slot < plan->slots && arena.fits(); ++slot) {
-    BundleBuffers buffers;
-    buffers.queries = arena.Take<float>(heads, nb, kBlock * d16);
-    buffers.keys = arena.Take<float>(heads, nb, kBlock * d16);
-    buffers.values = arena.Take<float>(heads, nb, kBlock * d16);
-    buffers.value_sum = arena.Take<float>(heads, nb, d32);
-    buffers.query_mean = arena.Take<float>(heads, nb8, d16);
-    buffers.key_mean = arena.Take<float>(heads, nb8, d16);
-    buffers.logits = arena.Take<float>(heads, nb8, nb32);
-    buffers.row_max = arena.Take<float>(heads, nb8);
-    buffers.real = arena.Take<uint32_t>(heads, nb);
-    buffers.real_count = arena.Take<float>(heads, nb32);
-    buffers.columns = arena.Take<int32_t>(heads, problem.chosen);
-    buffers.row_start = arena.Take<int64_t>(heads, nb + 1);
-    if (workspace) plan->bundles[slot] = {buffers, 0, 0};
+  plan->own = arena.Take<Bundle>(plan->num_workers);
+  plan->selected = arena.Take<std::atomic<int64_t>>(shared.heads);
+  if (shared.heads > 0) shared.buffers = TakeBuffers(&arena, problem, shared.heads);
+  for (int64_t n = 0; n < plan->num_workers && plan->own_heads > 0 && arena.fits(); ++n) {
+    const BundleBuffers buffers = TakeBuffers(&arena, problem, 1);
+    if (workspace) plan->own[n] = {buffers, 0, 1, 1};
   }
   problem.workers = arena.Take<WorkerBuffers>(plan->num_workers);
   for (int64_t n = 0; n < plan->num_workers && arena.fits(); ++n) {
@@ -158,56 +154,74 @@ void WaitFor(const std::atomic<int64_t>& counter, int64_t value) {
   }
 }
 
-// All the work of a call, in one parallel loop without barriers. Its items stand in one order: for each bundle, the chunks to be
-// packed, the heads to be selected, the pieces to be attended. Workers take the next item each, and wait, rarely, until what it
-// needs is there. An item needs earlier ones only, which other workers have taken already, so the wait ends whatever the number of
-// threads.
+// All the work of a call, in one parallel loop without barriers. First each worker takes whole heads, whose packed inputs so stay
+// in its core's own cache: cores may be far apart. Then all share the other heads, whose items stand in one order: for each bundle
+// the chunks to be packed, the heads to be selected, the pieces to be attended. Workers take the next item each, and wait, rarely,
+// until what it needs is there. An item needs earlier ones only, which other workers have taken already, so the wait ends whatever
+// the number of threads. What is counted is counted over all bundles: never set back, so never torn between two of them.
 struct Work {
   const Plan* plan;
   const Kernels* kernels;
   int64_t chunks;  // of each bundle
+  std::atomic<int64_t> next_head{0};
   std::atomic<int64_t> next_item{0};
+  std::atomic<int64_t> packed{0};    // chunks
+  std::atomic<int64_t> finished{0};  // heads (selection only) or pieces
 
   void Run(int64_t worker) {
+    RunOwn(worker);
+    RunShared(worker);
+  }
+
+  void RunOwn(int64_t worker) {
     const Problem& problem = plan->problem;
-    const int64_t bundles = (plan->all_heads + plan->bundle_heads - 1) / plan->bundle_heads;
-    const int64_t pieces = problem.context != nullptr ? problem.pieces : 0;
-    const int64_t bundle_items = chunks + plan->bundle_heads * (1 + pieces);
+    for (;;) {
+      const int64_t head = next_head.fetch_add(1, std::memory_order_relaxed);
+      if (head >= plan->own_heads) return;
+      Bundle own = plan->own[worker];
+      own.first_head = head;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) kernels->pack(problem, own, chunk, worker);
+      kernels->select(problem, own, 0, worker);
+      if (problem.context != nullptr) kernels->attend(problem, own, 0, 0, worker);
+    }
+  }
+
+  void RunShared(int64_t worker) {
+    const Problem& problem = plan->problem;
+    const int64_t heads = plan->shared.heads;
+    const int64_t pieces = problem.context != nullptr ? plan->shared.pieces : 0;
+    const int64_t bundle_items = chunks + heads * (1 + pieces);
     for (;;) {
       int64_t item = next_item.fetch_add(1, std::memory_order_relaxed);
       const int64_t number = item / bundle_items;
-      if (number >= bundles) return;
+      if (number * heads >= plan->shared_heads) return;
       item -= number * bundle_items;
-      const int64_t slot = number % plan->slots;
-      const int64_t earlier = number / plan->slots;  // bundles that were in this slot before
-      SlotProgress& progress = plan->progress[slot];
-      Bundle bundle = plan->bundles[slot];
-      bundle.first_head = number * plan->bundle_heads;
-      const int64_t left = plan->all_heads - bundle.first_head;
-      bundle.heads = left < plan->bundle_heads ? left : plan->bundle_heads;
+      Bundle bundle = plan->shared;
+      bundle.first_head = plan->own_heads + number * heads;
+      const int64_t left = plan->shared_heads - number * heads;
+      bundle.heads = left < heads ? left : heads;
 
       if (item < chunks) {
-        // Bundles before the last are full: what they count is known.
-        WaitFor(progress.attended, earlier * plan->bundle_heads * (pieces > 0 ? pieces : 1));
+        WaitFor(finished, number * heads * (pieces > 0 ? pieces : 1));  // bundles before the last are full
         kernels->pack(problem, bundle, item, worker);
-        progress.packed.fetch_add(1, std::memory_order_release);
+        packed.fetch_add(1, std::memory_order_release);
         continue;
       }
       item -= chunks;
-      if (item < plan->bundle_heads) {
+      if (item < heads) {
         if (item >= bundle.heads) continue;
-        WaitFor(progress.packed, (earlier + 1) * chunks);
+        WaitFor(packed, (number + 1) * chunks);
         kernels->select(problem, bundle, item, worker);
-        plan->selected[slot * plan->bundle_heads + item].store(number + 1, std::memory_order_release);
-        if (pieces == 0) progress.attended.fetch_add(1, std::memory_order_release);
+        plan->selected[item].store(number + 1, std::memory_order_release);
+        if (pieces == 0) finished.fetch_add(1, std::memory_order_release);
         continue;
       }
-      item -= plan->bundle_heads;
+      item -= heads;
       const int64_t head = item / pieces;
       if (head >= bundle.heads) continue;
-      WaitFor(plan->selected[slot * plan->bundle_heads + head], number + 1);
+      WaitFor(plan->selected[head], number + 1);
       kernels->attend(problem, bundle, head, item % pieces, worker);
-      progress.attended.fetch_add(1, std::memory_order_release);
+      finished.fetch_add(1, std::memory_order_release);
     }
   }
 };
@@ -237,8 +251,7 @@ MraStatus Run(const MraAttentionParams* params, const void* query, const void* k
   problem.context = context;
   problem.blocks = blocks;
   problem.score = score;
-  for (int64_t slot = 0; slot < plan.slots; ++slot) new (&plan.progress[slot]) SlotProgress();
-  for (int64_t n = 0; n < plan.slots * plan.bundle_heads; ++n) new (&plan.selected[n]) std::atomic<int64_t>(0);
+  for (int64_t head = 0; head < plan.shared.heads; ++head) new (&plan.selected[head]) std::atomic<int64_t>(0);
   Work work{&plan, kernels, (problem.nb + kPackBlocks - 1) / kPackBlocks};
   if (threads == nullptr || plan.num_workers == 1) {
     RunWorker(&work, 0);

@@ -64,15 +64,15 @@ struct Problem {
   float* score;
   int64_t nb, nb8, nb32, d16, d32;
   int64_t chosen;  // min(K, nb * nb)
-  int64_t pieces;  // that attend cuts each head into
   WorkerBuffers* workers;
 };
 
-// Heads that are packed together, so that a token's heads are read in one go.
+// Heads that are worked on together.
 struct Bundle {
   BundleBuffers buffers;
   int64_t first_head;  // counted over batch rows and heads
   int64_t heads;
+  int64_t pieces;  // that attend cuts each head into
 };
 
 struct Kernels {
@@ -80,7 +80,7 @@ struct Kernels {
   void (*pack)(const Problem& problem, const Bundle& bundle, int64_t chunk, int64_t worker);
   // Chooses the exact blocks of one head, counted from the bundle's first, all of whose chunks are packed.
   void (*select)(const Problem& problem, const Bundle& bundle, int64_t head, int64_t worker);
-  // Computes the context of one of problem.pieces equal-cost runs of block rows of one head that is selected.
+  // Computes the context of one of bundle.pieces equal-cost runs of block rows of one head that is selected.
   void (*attend)(const Problem& problem, const Bundle& bundle, int64_t head, int64_t piece, int64_t worker);
 };
 
