@@ -245,8 +245,8 @@ def test_long_sequence(first: int) -> None:
     np.testing.assert_allclose(np.concatenate(actual_rows), np.concatenate(expected_rows), atol=2e-5)
 
 
-def test_many_heads_in_several_groups() -> None:
-    """More packed heads than one group holds: every head must still get its own selection and rows."""
+def test_many_heads_in_several_bundles() -> None:
+    """More heads than are packed at a time: every head must still get its own selection and rows."""
     made = case(4, 640, 8, 256, 4, "right padding")  # 1.3 MB each, packed
     together = kernel.attention(*made.arrays, made.attributes, num_threads=2)
     for b in (0, 3):

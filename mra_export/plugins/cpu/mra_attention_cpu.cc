@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kMaxWorkers = 1024;
 constexpr int64_t kPiecesPerWorker = 16;  // so that a slow thread holds the others up for a sixteenth of its share
 constexpr double kWorkerProducts = 2e6;   // multiply-adds below which waking another thread does not pay: some 20 us
-constexpr double kOwnBytes = 1 << 20;     // packed inputs of a head that fit a core's own cache
-constexpr int64_t kMinSharedHeads = 2;    // packed together: a token's heads are neighbours in memory
 constexpr int64_t kSpins = 4096;          // some 50 us, longer than any wait between threads that all run
 constexpr size_t kAlignment = 64;
 
@@ -58,10 +56,9 @@ struct Plan {
   Problem problem;
   int64_t own_heads;  // heads that one worker does alone, of all B * H; the rest are shared
   int64_t num_workers;
-  Bundle* own;  // (num_workers)
-  int64_t shared_heads;
+  Bundle* own;                     // (num_workers)
   Bundle shared;                   // for so many of them at a time
-  std::atomic<int64_t>* selected;  // (shared.heads): how many bundles' head of that number is selected
+  std::atomic<int64_t>* selected;  // (shared.heads): 1 where selected
   size_t bytes;
 };
 
@@ -104,14 +101,12 @@ MraStatus MakePlan(const MraAttentionParams* params, int32_t num_threads, void* 
                           static_cast<double>(params->head_size);
   if (plan->num_workers > 1 + products / kWorkerProducts) plan->num_workers = 1 + static_cast<int64_t>(products / kWorkerProducts);
 
-  // Small heads are done alone, but for the last ones: as many as there are workers are shared, so that all end together.
-  const double head_bytes = 12.0 * static_cast<double>(nb) * kBlock * static_cast<double>(d16);
+  // The last heads are shared, as many as there are workers, so that all end together.
   const int64_t workers = plan->num_workers;
-  plan->own_heads = workers == 1 ? all_heads : all_heads > workers && head_bytes <= kOwnBytes ? all_heads - workers : 0;
-  plan->shared_heads = all_heads - plan->own_heads;
+  plan->own_heads = workers == 1 ? all_heads : all_heads > workers ? all_heads - workers : 0;
   Bundle& shared = plan->shared;
-  shared.heads = workers > kMinSharedHeads ? workers : kMinSharedHeads;
-  shared.heads = shared.heads < plan->shared_heads ? shared.heads : plan->shared_heads;
+  shared.first_head = plan->own_heads;
+  shared.heads = all_heads - plan->own_heads;
   const int64_t wanted = shared.heads > 0 ? (workers * kPiecesPerWorker + shared.heads - 1) / shared.heads : 1;
   shared.pieces = wanted < nb ? wanted : nb;
 
@@ -155,18 +150,17 @@ void WaitFor(const std::atomic<int64_t>& counter, int64_t value) {
 }
 
 // All the work of a call, in one parallel loop without barriers. First each worker takes whole heads, whose packed inputs so stay
-// in its core's own cache: cores may be far apart. Then all share the other heads, whose items stand in one order: for each bundle
-// the chunks to be packed, the heads to be selected, the pieces to be attended. Workers take the next item each, and wait, rarely,
-// until what it needs is there. An item needs earlier ones only, which other workers have taken already, so the wait ends whatever
-// the number of threads. What is counted is counted over all bundles: never set back, so never torn between two of them.
+// in its core's own cache: cores may be far apart. Then all share the last heads, whose items stand in one order: the chunks to be
+// packed, the heads to be selected, the pieces to be attended. Workers take the next item each, and wait, rarely, until what it
+// needs is there. An item needs earlier ones only, which other workers have taken already, so the wait ends whatever the number of
+// threads.
 struct Work {
   const Plan* plan;
   const Kernels* kernels;
   int64_t chunks;  // of each bundle
   std::atomic<int64_t> next_head{0};
   std::atomic<int64_t> next_item{0};
-  std::atomic<int64_t> packed{0};    // chunks
-  std::atomic<int64_t> finished{0};  // heads (selection only) or pieces
+  std::atomic<int64_t> packed{0};  // chunks of the shared heads
 
   void Run(int64_t worker) {
     RunOwn(worker);
@@ -188,40 +182,27 @@ struct Work {
 
   void RunShared(int64_t worker) {
     const Problem& problem = plan->problem;
-    const int64_t heads = plan->shared.heads;
-    const int64_t pieces = problem.context != nullptr ? plan->shared.pieces : 0;
-    const int64_t bundle_items = chunks + heads * (1 + pieces);
+    const Bundle& shared = plan->shared;
+    if (shared.heads == 0) return;
+    const int64_t pieces = problem.context != nullptr ? shared.pieces : 0;
     for (;;) {
       int64_t item = next_item.fetch_add(1, std::memory_order_relaxed);
-      const int64_t number = item / bundle_items;
-      if (number * heads >= plan->shared_heads) return;
-      item -= number * bundle_items;
-      Bundle bundle = plan->shared;
-      bundle.first_head = plan->own_heads + number * heads;
-      const int64_t left = plan->shared_heads - number * heads;
-      bundle.heads = left < heads ? left : heads;
-
+      if (item >= chunks + shared.heads * (1 + pieces)) return;
       if (item < chunks) {
-        WaitFor(finished, number * heads * (pieces > 0 ? pieces : 1));  // bundles before the last are full
-        kernels->pack(problem, bundle, item, worker);
+        kernels->pack(problem, shared, item, worker);
         packed.fetch_add(1, std::memory_order_release);
         continue;
       }
       item -= chunks;
-      if (item < heads) {
-        if (item >= bundle.heads) continue;
-        WaitFor(packed, (number + 1) * chunks);
-        kernels->select(problem, bundle, item, worker);
-        plan->selected[item].store(number + 1, std::memory_order_release);
-        if (pieces == 0) finished.fetch_add(1, std::memory_order_release);
+      if (item < shared.heads) {
+        WaitFor(packed, chunks);
+        kernels->select(problem, shared, item, worker);
+        plan->selected[item].store(1, std::memory_order_release);
         continue;
       }
-      item -= heads;
-      const int64_t head = item / pieces;
-      if (head >= bundle.heads) continue;
-      WaitFor(plan->selected[head], number + 1);
-      kernels->attend(problem, bundle, head, item % pieces, worker);
-      finished.fetch_add(1, std::memory_order_release);
+      item -= shared.heads;
+      WaitFor(plan->selected[item / pieces], 1);
+      kernels->attend(problem, shared, item / pieces, item % pieces, worker);
     }
   }
 };
