@@ -29,9 +29,10 @@ HWY_INLINE void LoadColumns(const T* HWY_RESTRICT source, int64_t token_stride, 
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) total[v] = hn::Zero(kFloats);
   for (int t = 0; t < kBlock; ++t, source += token_stride, rows += stride) {
-    // Tokens are far apart, and no hardware follows such steps. Past the tensor's end this asks for nothing that is used.
+    // Tokens are far apart, and no hardware follows such steps. The hint is for data that is read once: it should not drive packed
+    // inputs out of the caches. Past the tensor's end this asks for nothing that is used.
     const T* ahead = source + kTokensAhead * token_stride;
-    for (int64_t n = 0; n < kVectors * kLanes; n += 64 / static_cast<int64_t>(sizeof(T))) hwy::Prefetch(ahead + n);
+    for (int64_t n = 0; n < kVectors * kLanes; n += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(ahead + n, 0, 0);
     if (HWY_LIKELY(real >> t & 1u)) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
