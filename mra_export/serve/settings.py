@@ -18,8 +18,8 @@ class Settings:
     """What `mra-export serve` can be told.
 
     name: the model's in URLs; None: the bundle folder's name. backend, device: as for MraRuntime.load. threads: of one call on a
-    CPU; None: the processors divided by the workers. workers: calls of the model at the same time; None: 2 with ONNX Runtime on a CPU,
-    where two calls on half the threads each do more than one on all, else 1. max_batch_size to length_buckets: as for
+    CPU; None: the processors divided by the workers. workers: calls of the model at the same time; None: 2 with ONNX Runtime on a
+    CPU, where two calls on half the threads each do more than one on all, else 1. max_batch_size to length_buckets: as for
     BatchingRuntime. max_body: bytes of a request. timeout: seconds from a request's first byte to its answer. drain: seconds that
     requests in flight get at the end. token: the bearer token that every request but health must show; None: none.
 

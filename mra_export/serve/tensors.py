@@ -141,7 +141,7 @@ def _from_json(name: str, tensor: dict[str, Any], shape: list[int], count: int, 
     if not isinstance(data, list):
         raise ContractError(f'{name} has no list "data": pass its values, or binary_data_size and the bytes after the JSON')
     try:
-        array = np.asarray(data)
+        array = np.asarray(data, dtype=None if data else np.int64)
     except (ValueError, OverflowError) as error:
         raise ContractError(f"{name} has data of different depths or lengths: pass {count} numbers") from error
     if array.size != count:
