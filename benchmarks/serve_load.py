@@ -1,8 +1,8 @@
-"""Load on servers over the loopback address: requests of ragged lengths arrive at random times, whether or not earlier ones were answered.
+"""Load on servers over the loopback address: requests of ragged lengths arrive at random times, whatever is still unanswered.
 
 Starts `mra-export serve` and a server that answers one request at a time (serve_naive.py), checks that both give the runtime's
-answers, and looks for the highest rate at which each keeps its 99th percentile below a limit. A request's time counts from the moment
-it was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing else may go wrong.
+answers, and looks for the highest rate at which each keeps its 99th percentile below a limit. A request's time counts from when it
+was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing else may go wrong.
 Other servers join in with --target.
 
     python benchmarks/serve_load.py bundle --json load.json
@@ -36,6 +36,7 @@ import aiohttp
 import click
 import numpy as np
 import psutil
+import uvloop
 from measure import machine
 
 from mra_export import MraRuntime
@@ -191,7 +192,7 @@ async def load(target: Target, asked: list[Question], rate: float, seconds: floa
 
 
 def batches(target: Target) -> dict[str, int]:
-    """Calls of the model by the number of requests they answered, "up to" the histogram's bounds; empty where /metrics is not ours."""
+    """Calls of the model by the number of requests they answered, up to the histogram's bounds; empty for servers not ours."""
     if target.process is None or target.name == "naive":
         return {}
     base = urlparse(target.url)
@@ -324,8 +325,8 @@ def parse_target(value: str) -> Target:
 def line(name: str, outcome: Outcome) -> str:
     errors = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items()) or "no error"
     return (
-        f"{name:>8} {outcome.rate:8.1f}/s: {outcome.throughput:7.1f}/s answered, p50 {outcome.p50_ms:7.1f}, p95 {outcome.p95_ms:7.1f}, "
-        f"p99 {outcome.p99_ms:7.1f} ms, {errors}, batches {outcome.batches}"
+        f"{name:>8} {outcome.rate:8.1f}/s: {outcome.throughput:7.1f}/s answered, p50 {outcome.p50_ms:7.1f}, "
+        f"p95 {outcome.p95_ms:7.1f}, p99 {outcome.p99_ms:7.1f} ms, {errors}, batches {outcome.batches}"
     )
 
 
@@ -404,7 +405,7 @@ def main(
                     check(target, question, predictor)
             runtime.close()  # the rest of the time belongs to the servers
             if soak_count is not None:
-                results["soak"] = asyncio.run(soak(targets[0], asked, soak_count, soak_seconds, 16))
+                results["soak"] = uvloop.run(soak(targets[0], asked, soak_count, soak_seconds, 16))
                 click.echo(json.dumps(results["soak"], indent=1))
             else:
                 results["servers"] = {}
@@ -423,11 +424,11 @@ def measure_target(
     target: Target, asked: list[Question], limit_ms: float, seconds: float, first_rate: float, steps: int, seed: int
 ) -> dict[str, Any]:
     def run(rate: float) -> Outcome:
-        outcome = asyncio.run(load(target, asked, rate, seconds, seed))
+        outcome = uvloop.run(load(target, asked, rate, seconds, seed))
         click.echo(line(target.name, outcome))
         return outcome
 
-    asyncio.run(load(target, asked, first_rate / 4, 2.0, seed))  # warm
+    uvloop.run(load(target, asked, first_rate / 4, 2.0, seed))  # warm
     runs = highest_rate(run, limit_ms, first_rate, steps)
     found = best(runs, limit_ms)
     measured: dict[str, Any] = {"best": asdict(found) if found else None, "runs": [asdict(outcome) for outcome in runs]}

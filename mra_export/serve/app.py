@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -42,7 +42,9 @@ ROUTES = {
 """Task -> its text route."""
 MAX_TEXTS = 128
 _ASIDE = 1 << 16
-"""Bytes of a body from which on it is read or written in a thread, not on the event loop."""
+"""Bytes of a body or of outputs from which on they go to a thread: below, going there takes longer than the work."""
+_ASIDE_TEXT = 1 << 12
+"""As much for characters of a text."""
 
 
 class _Body(BaseModel):
@@ -55,6 +57,10 @@ class Texts(_Body):
     @property
     def texts(self) -> list[str]:
         return [self.text] if isinstance(self.text, str) else self.text
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.texts))
 
 
 class Masked(Texts):
@@ -211,7 +217,7 @@ def _add_protocol(app: FastAPI, model: ServedModel) -> None:
             if wanted not in (names := [tensor.name for tensor in model.bundle.manifest.outputs]):
                 raise ContractError(f"{wanted} is not an output of this model: ask for {', '.join(names)}")
         (outputs,) = await model.run(request, [asked.arrays])
-        if sum(value.nbytes for value in outputs.values()) > _ASIDE:
+        if _size([outputs]) > _ASIDE:
             answer, json_size = await model.aside(write_infer, name, VERSION, asked, outputs)
         else:
             answer, json_size = write_infer(name, VERSION, asked, outputs)
@@ -222,47 +228,56 @@ def _add_protocol(app: FastAPI, model: ServedModel) -> None:
 
 
 def _add_texts(app: FastAPI, model: ServedModel) -> None:
-    async def answer(request: Request, task: str, ask: Callable[[Predictor], list[Prompt]]) -> Response:
+    async def answer(request: Request, task: str, size: int, ask: Callable[[Predictor], list[Prompt]]) -> Response:
+        """size: characters of all texts."""
         own = model.bundle.manifest.task
         if own != task:
             raise Refused(404, f"the model {model.name} is for {own}, not for {task}: use {ROUTES[own]}")
         model.require()
         if model.predictor is None:
             raise Refused(404, f"the model {model.name} has no tokenizer: send token ids to /v2/models/{model.name}/infer")
-        prompts = await model.aside(ask, model.predictor)
+        prompts = ask(model.predictor) if size < _ASIDE_TEXT else await model.aside(ask, model.predictor)
         outputs = await model.run(request, [prompt.inputs for prompt in prompts])
-        answers = await model.aside(lambda: [prompt.answer(out) for prompt, out in zip(prompts, outputs, strict=True)])
-        return _json({"model": model.name, "answers": answers})
+
+        def write() -> Response:
+            answers = [prompt.answer(out) for prompt, out in zip(prompts, outputs, strict=True)]
+            return _json({"model": model.name, "answers": answers})
+
+        return write() if _size(outputs) < _ASIDE else await model.aside(write)
 
     @app.post(ROUTES["fill-mask"])
     async def fill_mask(request: Request, body: Masked) -> Response:
         """The likeliest tokens at each mask token of each text."""
-        return await answer(request, "fill-mask", lambda p: [p.text(text, top=body.top) for text in body.texts])
+        return await answer(request, "fill-mask", body.size, lambda p: [p.text(text, top=body.top) for text in body.texts])
 
     @app.post(ROUTES["text-classification"])
     async def classify(request: Request, body: Texts) -> Response:
         """Every label with its probability, the likeliest first, for each text."""
-        return await answer(request, "text-classification", lambda p: [p.text(text) for text in body.texts])
+        return await answer(request, "text-classification", body.size, lambda p: [p.text(text) for text in body.texts])
 
     @app.post(ROUTES["token-classification"])
     async def token_classify(request: Request, body: Texts) -> Response:
         """The likeliest label of each token of each text."""
-        return await answer(request, "token-classification", lambda p: [p.text(text) for text in body.texts])
+        return await answer(request, "token-classification", body.size, lambda p: [p.text(text) for text in body.texts])
 
     @app.post(ROUTES["feature-extraction"])
     async def embed(request: Request, body: Embedded) -> Response:
         """One vector for each text, or for each of its tokens."""
-        return await answer(request, "feature-extraction", lambda p: [p.text(text, pooling=body.pooling) for text in body.texts])
+        return await answer(
+            request, "feature-extraction", body.size, lambda p: [p.text(text, pooling=body.pooling) for text in body.texts]
+        )
 
     @app.post(ROUTES["question-answering"])
     async def question_answer(request: Request, body: Question) -> Response:
         """The span of the context that answers the question."""
-        return await answer(request, "question-answering", lambda p: [p.question(body.question, body.context)])
+        size = len(body.question) + len(body.context)
+        return await answer(request, "question-answering", size, lambda p: [p.question(body.question, body.context)])
 
     @app.post(ROUTES["multiple-choice"])
     async def choose(request: Request, body: Choices) -> Response:
         """Every choice with its probability, the likeliest first."""
-        return await answer(request, "multiple-choice", lambda p: [p.choices(body.text, body.choices)])
+        size = sum(len(body.text) + len(choice) for choice in body.choices)
+        return await answer(request, "multiple-choice", size, lambda p: [p.choices(body.text, body.choices)])
 
 
 def model_metadata(model: ServedModel) -> dict[str, Any]:
@@ -282,6 +297,10 @@ def model_metadata(model: ServedModel) -> dict[str, Any]:
         "inputs": [described(tensor) for tensor in manifest.inputs],
         "outputs": [described(tensor) for tensor in manifest.outputs],
     }
+
+
+def _size(outputs: Sequence[Mapping[str, Any]]) -> int:
+    return sum(value.nbytes for each in outputs for value in each.values())
 
 
 def _json(content: Any, status: int = 200, headers: Any = None) -> Response:

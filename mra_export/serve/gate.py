@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import re
 import secrets
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +63,7 @@ class Gate:
         started = time.monotonic()
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:16]
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}"
         state: dict[str, Any] = scope.setdefault("state", {})
         state.update(request_id=request_id, deadline=started + self._settings.timeout, log={})
         status = 0
