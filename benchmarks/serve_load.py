@@ -343,6 +343,7 @@ def line(name: str, outcome: Outcome) -> str:
 @click.option("--seconds", type=float, default=6, show_default=True, help="Of each run.")
 @click.option("--steps", type=int, default=3, show_default=True, help="Runs that narrow the highest rate down.")
 @click.option("--first-rate", type=float, default=80, show_default=True)
+@click.option("--rate", "rates", type=float, multiple=True, help="In place of the search: only these rates, several times.")
 @click.option(
     "--serve-option", "serve_options", multiple=True, help="Handed to `mra-export serve`, such as --serve-option=--workers=1"
 )
@@ -361,6 +362,7 @@ def main(
     seconds: float,
     steps: int,
     first_rate: float,
+    rates: tuple[float, ...],
     serve_options: tuple[str, ...],
     seed: int,
     soak_count: int | None,
@@ -410,9 +412,11 @@ def main(
             else:
                 results["servers"] = {}
                 for target in targets:
-                    results["servers"][target.name] = measure_target(target, asked, limit_ms, seconds, first_rate, steps, seed)
+                    results["servers"][target.name] = measure_target(
+                        target, asked, limit_ms, seconds, first_rate, steps, seed, rates
+                    )
                 summary = {name: server["best"] for name, server in results["servers"].items()}
-                if summary["serve"] and summary["naive"]:
+                if summary["serve"] and summary["naive"] and not rates:
                     ratio = summary["serve"]["throughput"] / summary["naive"]["throughput"]
                     results["times_the_naive_throughput"] = round(ratio, 2)
                     click.echo(f"serve answers {ratio:.2f} times as many requests as naive with p99 below {limit_ms:g} ms")
@@ -421,7 +425,14 @@ def main(
 
 
 def measure_target(
-    target: Target, asked: list[Question], limit_ms: float, seconds: float, first_rate: float, steps: int, seed: int
+    target: Target,
+    asked: list[Question],
+    limit_ms: float,
+    seconds: float,
+    first_rate: float,
+    steps: int,
+    seed: int,
+    rates: tuple[float, ...] = (),
 ) -> dict[str, Any]:
     def run(rate: float) -> Outcome:
         outcome = uvloop.run(load(target, asked, rate, seconds, seed))
@@ -429,10 +440,10 @@ def measure_target(
         return outcome
 
     uvloop.run(load(target, asked, first_rate / 4, 2.0, seed))  # warm
-    runs = highest_rate(run, limit_ms, first_rate, steps)
+    runs = [run(rate) for rate in rates] or highest_rate(run, limit_ms, first_rate, steps)
     found = best(runs, limit_ms)
     measured: dict[str, Any] = {"best": asdict(found) if found else None, "runs": [asdict(outcome) for outcome in runs]}
-    if target.name == "serve" and found:
+    if target.name == "serve" and found and not rates:
         click.echo("more than it can do:")
         overload = run(found.rate * 2.5)
         measured["overload"] = asdict(overload)

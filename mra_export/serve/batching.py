@@ -315,8 +315,8 @@ class BatchingRuntime:
 def _buckets(wanted: Sequence[int] | None, longest: int, padding_invariant: bool) -> tuple[int, ...]:
     """Upper ends of the buckets, ascending, the last one the model's longest input."""
     if wanted is None:
-        steps = {n for k in range(3, longest.bit_length()) for n in (2**k, 3 * 2 ** (k - 1))}
-        wanted = sorted(steps) if padding_invariant else range(BLOCK_SIZE, longest, BLOCK_SIZE)
+        wider = [2**k // 4 * quarters for k in range(5, longest.bit_length()) for quarters in (4, 5, 6, 7)]
+        wanted = [8, 16, 24, *wider] if padding_invariant else range(BLOCK_SIZE, longest, BLOCK_SIZE)
     elif list(wanted) != sorted(set(wanted)) or any(n < 1 for n in wanted):
         raise ContractError(f"length_buckets is {list(wanted)}: pass lengths of 1 or more in ascending order")
     ends = (*(n for n in wanted if n < longest), longest)

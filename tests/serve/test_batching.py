@@ -331,10 +331,10 @@ def test_buckets_are_checked(bundles, invariant) -> None:
             assert batching.length_buckets == tuple(range(32, 257, 32))
 
 
-def test_the_usual_buckets_pad_by_less_than_half(invariant) -> None:
+def test_the_usual_buckets_pad_little(invariant) -> None:
     with BatchingRuntime(invariant) as batching:
         ends = batching.length_buckets
-    assert ends == (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+    assert ends == (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 def test_scales_from_each_call_forbid_batches(bundles) -> None:
