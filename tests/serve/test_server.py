@@ -323,6 +323,8 @@ def test_a_full_queue_is_busy_time_ends_and_sigterm_drains(bundles, tmp_path) ->
         assert "2 requests are waiting, max_queue is 2: try again later" in answers[0][1]["error"]
         assert answers[0][2]["retry-after"] == "1"
         assert "no answer within 3 s" in answers[1][1]["error"]
+        slow = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{{".encode()
+        assert raw(server, slow).startswith(b"HTTP/1.1 408 "), "a body that never ends"
         assert "mra_queue_length 0.0" in server.ask("GET", "/metrics")[1], "what timed out does not stay in the queue"
         metrics = server.ask("GET", "/metrics")[1]
         assert 'mra_errors_total{kind="busy"}' in metrics
