@@ -48,6 +48,7 @@ HERE = Path(__file__).resolve().parent
 PROTOCOLS = ("fill-mask", "v2")
 _MAX_RATE = 20_000.0
 _START_SECONDS = 120
+_MAX_GROWTH = 0.02
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,14 @@ async def soak(target: Target, asked: list[Question], count: int, seconds: float
     }
 
 
+def leaks(soaked: dict[str, Any]) -> list[str]:
+    """What a soak must not show: errors, memory that grows by more than 2 %, more threads, files or shared memory than before."""
+    failed = [f"{count} times {kind}" for kind, count in soaked["errors"].items()]
+    if soaked["growth"] > _MAX_GROWTH:
+        failed.append(f"memory grew by {soaked['growth']:.1%}")
+    return failed + [f"{count} more {name} than before" for name, count in soaked["leaked"].items() if count > 0]
+
+
 def parse_target(value: str) -> Target:
     """NAME=PROTOCOL=URL. Raises BadParameter, also for any host but the loopback address."""
     name, _, rest = value.partition("=")
@@ -369,6 +378,7 @@ def main(
     soak_seconds: float,
     json_file: Path | None,
 ) -> None:
+    failed: list[str] = []
     with MraRuntime.load(bundle, "onnxruntime") as runtime:
         predictor = Predictor(runtime)
         longest = runtime.bundle.manifest.model.max_position_embeddings
@@ -409,6 +419,7 @@ def main(
             if soak_count is not None:
                 results["soak"] = uvloop.run(soak(targets[0], asked, soak_count, soak_seconds, 16))
                 click.echo(json.dumps(results["soak"], indent=1))
+                failed = leaks(results["soak"])
             else:
                 results["servers"] = {}
                 for target in targets:
@@ -422,6 +433,8 @@ def main(
                     click.echo(f"serve answers {ratio:.2f} times as many requests as naive with p99 below {limit_ms:g} ms")
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if failed:
+        raise click.ClickException(", ".join(failed))
 
 
 def measure_target(

@@ -406,3 +406,12 @@ def test_texts_to_ask_are_ragged_and_have_one_mask(script, tmp_path) -> None:
     assert max(lengths) <= 256
     assert len(set(lengths)) > 15
     assert all(question.text.count("<mask>") == 1 for question in asked)
+
+
+def test_a_soak_fails_by_what_it_leaks(script) -> None:
+    pytest.importorskip("aiohttp")
+    leaks = script("serve_load").leaks
+    flat = {"errors": {}, "growth": 0.019, "leaked": {"threads": 0, "files": -16, "shared_memory": 0}}
+    assert leaks(flat) == []
+    bad = {"errors": {"HTTP 500": 1}, "growth": 0.021, "leaked": {"threads": 2, "files": 0, "shared_memory": 0}}
+    assert leaks(bad) == ["1 times HTTP 500", "memory grew by 2.1%", "2 more threads than before"]
