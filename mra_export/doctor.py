@@ -31,6 +31,7 @@ _OPTIONAL_PACKAGES = {
     "tensorrt": ("TensorRT engines for the GPU of this machine", "pip install tensorrt"),
     "tensorrt_rtx": ("TensorRT-RTX engines, which need no GPU to build", "pip install tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs"),
     "matplotlib": ("mra-export bench --plot", "pip install matplotlib"),
+    "fastapi": ("mra-export serve", "pip install 'mra-export[serve]'"),
 }
 _CPU_FEATURES = (
     "avx2",

@@ -56,3 +56,9 @@ class MissingPackageError(MraExportError):
     """An optional Python package that this needs is not installed."""
 
     exit_code = 4
+
+
+class BusyError(MraExportError):
+    """The queue of requests is full (serve/batching.py): nothing is wrong with the request, it may come again later."""
+
+    exit_code = 1

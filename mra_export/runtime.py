@@ -115,6 +115,13 @@ class MraRuntime:
         prepared = self._inputs.prepare(arrays)
         return like(running.run(prepared), ids)
 
+    def check(self, **arrays: Any) -> dict[str, npt.NDArray[np.int64]]:
+        """What `run` would give to the model: one int64 array per graph input, with what was left out filled in.
+
+        Raises ContractError for inputs the model cannot take.
+        """
+        return self._inputs.prepare(arrays)
+
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why inputs of this shape are not taken, or None: an engine takes the shapes it was built for."""
         return self._running.refuses(shape) if isinstance(self._running, CudaBackend) else None

@@ -367,3 +367,55 @@ def test_callgrind_sees_the_kernels_stages(tmp_path) -> None:
     assert sum(shares.values()) == pytest.approx(1)
     assert "PackBlocks" in shares
     assert "| **pack** |" in done.stdout
+
+
+# Load on servers
+
+
+def test_load_goes_to_this_machine_only(script) -> None:
+    pytest.importorskip("aiohttp")
+    import click
+
+    load = script("serve_load")
+    target = load.parse_target("triton=v2=http://127.0.0.1:8001/v2/models/mra/")
+    assert (target.name, target.protocol, target.url) == ("triton", "v2", "http://127.0.0.1:8001/v2/models/mra")
+    with pytest.raises(click.BadParameter, match=r"load only ever goes to 127\.0\.0\.1"):
+        load.parse_target("other=v2=http://192.0.2.1/v2/models/mra")
+    for value in ("http://127.0.0.1", "a=grpc=http://127.0.0.1", "a=v2="):
+        with pytest.raises(click.BadParameter, match="pass NAME=PROTOCOL=URL"):
+            load.parse_target(value)
+
+
+@pytest.mark.parametrize("first", [10.0, 100.0, 1000.0])
+def test_the_highest_rate_is_found_from_above_and_below(script, first) -> None:
+    pytest.importorskip("aiohttp")
+    load = script("serve_load")
+
+    def run(rate: float) -> Any:
+        return load.Outcome(rate, 100, 100, {"busy": 1} if rate > 400 else {}, rate, 1.0, 2.0, 50.0 if rate < 200 else 150.0, 0.0)
+
+    runs = load.highest_rate(run, 100, first, 6)
+    assert 190 < load.best(runs, 100).rate < 200
+    assert load.best([run(300), run(500)], 100) is None, "one is too slow, the other refuses requests"
+
+
+def test_texts_to_ask_are_ragged_and_have_one_mask(script, tmp_path) -> None:
+    pytest.importorskip("aiohttp")
+    from exported import checkpoint
+
+    asked = script("serve_load").questions(checkpoint(tmp_path), ROOT / "benchmarks", 50, 24.0, 0.8, 256, 0)
+    lengths = [len(question.ids) for question in asked]
+    assert len(asked) > 30
+    assert min(lengths) >= 4
+    assert max(lengths) <= 256
+    assert len(set(lengths)) > 15
+    assert all(question.text.count("<mask>") == 1 for question in asked)
+
+
+def test_a_soak_fails_by_what_it_leaks(script) -> None:
+    pytest.importorskip("aiohttp")
+    leaks = script("serve_load").leaks
+    flat = {"errors": {}, "growth": 0.019, "leaked": {"threads": 0, "files": -16, "shared_memory": 0}}
+    assert leaks(flat) == []
+    bad = {"errors": {"HTTP 500": 1}, "growth": 0.021, "leaked": {"threads": 2, "files": 0, "shared_memory": 0}}
+    assert leaks(bad) == ["1 times HTTP 500", "memory grew by 2.1%", "2 more threads than before"]

@@ -27,6 +27,7 @@ RULES = {
     "mra_export.runtime": {"torch", "transformers", "mra_export.model"},
     "mra_export.bench": RUNTIMES | {"torch", "transformers", "mra_export.model"},
     "mra_export.bundle": {"torch", "transformers", "mra_export.model"},
+    "mra_export.serve": FRAMEWORKS | {"mra_export.runtime", "mra_export.model", "fastapi", "uvicorn"},
 }
 
 
