@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -26,9 +27,28 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = Path(os.environ.get("MRA_TEST_TRITON", ROOT / ".downloads" / "triton"))
 RAY = Path(os.environ.get("MRA_TEST_RAY", ROOT / ".downloads" / "ray"))
+_RAY = """
+import json, signal, sys
+import ray
+from ray import serve
+from mra_export.serve.ray_app import RayOptions, app
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+ray.init(include_dashboard=False, num_cpus=16, object_store_memory=256 << 20)
+try:
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    serve.run(app(RayOptions(**json.loads(sys.argv[2]))))
+    signal.pause()
+finally:
+    serve.shutdown()
+    ray.shutdown()
+"""
+"""What `serve run` does, on a port of our choice and without the dashboard. 16: replicas may be more than cores here."""
 _START_SECONDS = 240
 _STOP_SECONDS = 40
 
@@ -80,11 +100,17 @@ def triton(repository: Path, log: Path, port: int | None = None) -> Iterator[tup
 def ray(bundle: Path, log: Path, port: int | None = None, **options: object) -> Iterator[str]:
     """Run Ray Serve with mra_export.serve.ray_app on a bundle until the block ends; yields its HTTP URL. options: of RayOptions."""
     http = port or free_port()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(RAY), str(ROOT)]), "RAY_USAGE_STATS_ENABLED": "0"}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "mra_export.serve.ray_app", str(bundle), f"--port={http}", *arguments]
-    with _running(command, environment, log, f"http://127.0.0.1:{http}/v2/health/ready"):
-        yield f"http://127.0.0.1:{http}"
+    command = [sys.executable, "-c", _RAY, str(http), json.dumps({"bundle": str(bundle), **options})]
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(RAY), str(ROOT)]),
+            "RAY_TMPDIR": scratch,
+            "RAY_AUTH_MODE": "disabled",  # else it leaves a token in the home folder; everything here listens on 127.0.0.1
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        with _running(command, environment, log, f"http://127.0.0.1:{http}/v2/health/ready"):
+            yield f"http://127.0.0.1:{http}"
 
 
 def free_port() -> int:
@@ -132,11 +158,14 @@ def _running(command: list[object], environment: dict[str, str], log: Path, read
         _wait(process, ready, log)
         yield
     finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its children, too
+        for child in family:  # what is still there: Ray's processes are in groups of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.kill()
         process.wait()
 
 
