@@ -94,6 +94,7 @@ class Talker:
 
     def __init__(self, verbose: bool, quiet: bool) -> None:
         self._quiet = quiet
+        self.verbose = verbose
         self._status: Any = None
         self._started = time.monotonic()
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
@@ -643,6 +644,58 @@ def triton_command(talker: Talker, /, bundle: Path, repository: Path, force: boo
     talker.print(
         f"{repository}: {', '.join(written.models)}, {_megabytes(repository)} MB. {repository}/README.md says how to start it"
     )
+
+
+@main.command("serve", cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for every network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one; the log says which.")
+@click.option("--name", help="The model's name in URLs; default BUNDLE's.")
+@click.option("--backend", type=click.Choice(("auto", "torch", "onnxruntime", "tensorrt")), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default cuda for tensorrt, cpu for the others.")
+@click.option("--workers", type=click.IntRange(min=1), help="Calls of the model at once; default 2 with ONNX Runtime on a CPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one call on a CPU; default the processors by the workers.")
+@click.option("--max-batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of one call.")
+@click.option("--max-batch-tokens", type=click.IntRange(min=1), help="Tokens of one call; default 512, on a GPU 16384.")
+@click.option("--max-delay-ms", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Wait for batch mates.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
+@click.option("--length-bucket", "length_buckets", multiple=True, type=click.IntRange(min=1), help="Several times, ascending.")
+@click.option("--max-body", type=click.IntRange(min=1), default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds of a request."
+)
+@click.option(
+    "--drain", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds after SIGTERM."
+)
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="Bearer token; default the variable MRA_EXPORT_TOKEN's, if set."
+)
+@click.pass_context
+def serve_command(
+    context: click.Context,
+    /,
+    bundle: Path,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    length_buckets: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """Serve BUNDLE over HTTP: the Open Inference Protocol v2, text by task, metrics.
+
+    Ready once the model agrees with the golden outputs of BUNDLE. SIGTERM answers what is in flight and ends.
+
+    \b
+    Examples:
+      mra-export serve my-bundle
+      mra-export serve my-bundle --host 0.0.0.0 --port 8080 --token-file token.txt
+    """
+    from mra_export.serve.server import check_packages, serve
+    from mra_export.serve.settings import Settings, read_token
+
+    check_packages()
+    settings = Settings(length_buckets=length_buckets or None, token=read_token(token_file), **options)
+    serve(bundle, settings, host, port, verbose=context.obj.verbose)
 
 
 @main.command("inspect", cls=Command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,25 @@ class InputSpec:
             if tuple(value.shape) != shape:
                 what = "a mask" if name == "attention_mask" else name
                 raise ContractError(f"{name} has shape {tuple(value.shape)}, input_ids {shape}: pass {what} of the same shape")
+
+
+def stacked(requests: Sequence[Mapping[str, Integers]]) -> dict[str, Integers]:
+    """Inputs of several requests, (rows, length) or (rows, choices, length) each -> their rows below each other, padded at the end
+    with masked tokens to the longest.
+    """
+    if len(requests) == 1:
+        return dict(requests[0])
+    longest = max(request["input_ids"].shape[-1] for request in requests)
+    merged = {}
+    for name, first in requests[0].items():
+        rows = sum(len(request[name]) for request in requests)
+        merged[name] = np.zeros((rows, *first.shape[1:-1], longest), dtype=np.int64)
+        row = 0
+        for request in requests:
+            own = request[name]
+            merged[name][row : row + len(own), ..., : own.shape[-1]] = own
+            row += len(own)
+    return merged
 
 
 def is_torch(value: Any) -> bool:

@@ -1,15 +1,32 @@
-"""Text in, answers out: one call of a runtime for each task of `mra-export run`."""
+"""Text in, answers out, for each task: what `mra-export run --text` and the text routes of `mra-export serve` do.
+
+A question is put in two steps, so that whoever runs the model may batch: `Predictor.text`, `question` or `choices` gives a `Prompt`
+with the model's inputs; its `answer` makes the answer of the model's outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mra_export.errors import ContractError
+from mra_export.inputs import Integers, stacked
 from mra_export.runtime import MraRuntime
 from mra_export.text import Tokenizer, answer_span, class_scores, fill_mask, read_labels, token_labels
+
+Outputs = Mapping[str, Any]
+POOLINGS = ("none", "mean", "first")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """inputs: one row, (1, length) or (1, choices, length) int64. answer: makes it of that row's outputs, (1, ...)."""
+
+    inputs: dict[str, Integers]
+    answer: Callable[[Outputs], dict[str, Any]]
 
 
 class Predictor:
@@ -23,36 +40,14 @@ class Predictor:
         self._longest = runtime.bundle.manifest.model.max_position_embeddings
 
     def texts(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """One answer per text, of what the task gives: fill-mask, classification, token classification or features."""
+        """One answer per text, in one call of the model: fill-mask, classification, token classification or features."""
         if self.task in ("question-answering", "multiple-choice"):
             wants = "--question and --context" if self.task == "question-answering" else "--text once and --choice for each choice"
             raise ContractError(f"this bundle's task is {self.task}: pass {wants}")
-        inputs = self.tokenizer.encode(texts, self._longest)
-        if self.task == "fill-mask":
-            self._check_masks(texts, inputs)
-        outputs = self._run(inputs)
-        if self.task == "fill-mask":
-            return [
-                {"text": text, "masks": fill_mask(self.tokenizer, inputs["input_ids"][row], outputs["logits"][row])}
-                for row, text in enumerate(texts)
-            ]
-        if self.task == "text-classification":
-            return [{"text": text, "labels": class_scores(outputs["logits"][row], self.labels)} for row, text in enumerate(texts)]
-        if self.task == "token-classification":
-            return [
-                {
-                    "text": text,
-                    "tokens": token_labels(text, self.tokenizer.offsets(text, self._longest), outputs["logits"][row], self.labels),
-                }
-                for row, text in enumerate(texts)
-            ]
-        hidden = outputs["last_hidden_state"]
+        prompts = [self.text(text) for text in texts]
+        outputs = self.runtime.run(**stacked([prompt.inputs for prompt in prompts]))
         return [
-            {
-                "text": text,
-                "features": np.asarray(hidden[row, : int(inputs["attention_mask"][row].sum())], dtype=np.float64).tolist(),
-            }
-            for row, text in enumerate(texts)
+            prompt.answer({name: value[row : row + 1] for name, value in outputs.items()}) for row, prompt in enumerate(prompts)
         ]
 
     def answer(self, question: str, context: str) -> dict[str, Any]:
@@ -61,30 +56,81 @@ class Predictor:
             raise ContractError(
                 f"--question and --context are for question-answering, this bundle's task is {self.task}: pass --text"
             )
-        inputs, sources, offsets = self.tokenizer.encode_pair(question, context, self._longest)
-        outputs = self._run(inputs)
-        span = answer_span(context, sources, offsets, outputs["start_logits"][0], outputs["end_logits"][0])
-        return {"question": question, **span}
+        return self._run(self.question(question, context))
 
     def choose(self, text: str, choices: Sequence[str]) -> dict[str, Any]:
         """Label (the choice) and score (probability) of each choice, the likeliest first."""
         if self.task != "multiple-choice":
             raise ContractError(f"--choice is for multiple-choice, this bundle's task is {self.task}: pass --text alone")
-        if len(choices) < 2:
-            raise ContractError(f"--choice was given {len(choices)} time: pass two choices or more")
-        inputs = self.tokenizer.encode([text] * len(choices), self._longest, list(choices))
-        outputs = self._run({name: value[None] for name, value in inputs.items()})
-        return {"text": text, "choices": class_scores(outputs["logits"][0], dict(enumerate(choices)))}
+        return self._run(self.choices(text, choices))
 
-    def _run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def text(self, text: str, *, top: int = 5, pooling: str = "none") -> Prompt:
+        """For the tasks that take one text. top: of fill-mask, tokens for each mask. pooling: of features, "none" for those of each
+        token, or one vector: "first", the first token's, or "mean", over all.
+        """
+        inputs = self._inputs(self.tokenizer.encode([text], self._longest))
+        ids = inputs["input_ids"][0]
+        if self.task == "fill-mask":
+            self._check_mask(text, ids)
+            size = len(ids)
+            return Prompt(
+                inputs,
+                lambda outputs: {"text": text, "masks": fill_mask(self.tokenizer, ids, outputs["logits"][0, :size], top)},
+            )
+        if self.task == "text-classification":
+            return Prompt(inputs, lambda outputs: {"text": text, "labels": class_scores(outputs["logits"][0], self.labels)})
+        if self.task == "token-classification":
+            offsets = self.tokenizer.offsets(text, self._longest)
+            return Prompt(
+                inputs, lambda outputs: {"text": text, "tokens": token_labels(text, offsets, outputs["logits"][0], self.labels)}
+            )
+        if self.task == "feature-extraction":
+            return Prompt(
+                inputs, lambda outputs: {"text": text, "features": _pooled(outputs["last_hidden_state"][0, : len(ids)], pooling)}
+            )
+        raise ContractError(f"this bundle's task is {self.task}, which does not take one text")
+
+    def question(self, question: str, context: str) -> Prompt:
+        """For question-answering."""
+        inputs, sources, offsets = self.tokenizer.encode_pair(question, context, self._longest)
+        return Prompt(
+            self._inputs(inputs),
+            lambda outputs: {
+                "question": question,
+                **answer_span(context, sources, offsets, outputs["start_logits"][0], outputs["end_logits"][0]),
+            },
+        )
+
+    def choices(self, text: str, choices: Sequence[str]) -> Prompt:
+        """For multiple-choice."""
+        if len(choices) < 2:
+            raise ContractError(f"there is {len(choices)} choice: pass two choices or more")
+        inputs = self.tokenizer.encode([text] * len(choices), self._longest, list(choices))
+        labels = dict(enumerate(choices))
+        return Prompt(
+            self._inputs({name: value[None] for name, value in inputs.items()}),
+            lambda outputs: {"text": text, "choices": class_scores(outputs["logits"][0], labels)},
+        )
+
+    def _run(self, prompt: Prompt) -> dict[str, Any]:
+        return prompt.answer(self.runtime.run(**prompt.inputs))
+
+    def _inputs(self, inputs: dict[str, Integers]) -> dict[str, Integers]:
         if self.runtime.bundle.manifest.model.type_vocab_size == 1:
             # Tokenizers of pairs say which text a token is from; a model with one token type was not trained on that.
-            inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-        return self.runtime.run(**inputs)
+            return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+        return inputs
 
-    def _check_masks(self, texts: Sequence[str], inputs: dict[str, Any]) -> None:
+    def _check_mask(self, text: str, ids: Integers) -> None:
         if self.tokenizer.mask_id is None:
-            raise ContractError("this bundle's tokenizer has no mask token: pass token ids with --npz")
-        for row, text in enumerate(texts):
-            if not (inputs["input_ids"][row] == self.tokenizer.mask_id).any():
-                raise ContractError(f"the text {text!r} has no {self.tokenizer.mask_token}: write it where a word is missing")
+            raise ContractError("this bundle's tokenizer has no mask token: pass token ids")
+        if not (ids == self.tokenizer.mask_id).any():
+            raise ContractError(f"the text {text!r} has no {self.tokenizer.mask_token}: write it where a word is missing")
+
+
+def _pooled(hidden: Any, pooling: str) -> list[Any]:
+    """hidden: (length, width) -> a list for each token, or of one vector."""
+    values = np.asarray(hidden, dtype=np.float64)
+    if pooling == "none":
+        return list(values.tolist())
+    return list((values[0] if pooling == "first" else values.mean(axis=0)).tolist())

@@ -11,7 +11,7 @@ import bisect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from mra_export.contract import BLOCK_SIZE
 from mra_export.errors import BackendError, BusyError, ContractError
-from mra_export.inputs import Integers, is_torch, like
+from mra_export.inputs import Integers, is_torch, like, stacked
 
 if TYPE_CHECKING:
     from mra_export.runtime import MraRuntime
@@ -38,8 +38,8 @@ GPU_BATCH_TOKENS = 16384
 class Batch:
     """One call of the model, as `on_batch` is told.
 
-    requests, rows: how many it answered. tokens: of them all, without padding; padded: with it. waited: seconds that each request was
-    in the queue. seconds: that the call took. failed: True where it raised.
+    requests, rows: how many it answered. tokens: of them all, without padding; padded: with it. waited: seconds that each request
+    was in the queue. seconds: that the call took. failed: True where it raised.
     """
 
     requests: int
@@ -76,8 +76,8 @@ class BatchingRuntime:
     max_batch_size: rows of one call, at most. max_batch_tokens: tokens of one call with padding, at most, but one request always
     fits; None: 512 on a CPU, 16384 on a GPU. max_delay_ms: how long a request may wait for batch mates while a worker is free.
     max_queue: requests that may wait; one more raises BusyError. length_buckets: only requests whose length falls between the same
-    two of these share a call, which is as long as its longest; None: chosen so that little is padded. workers: calls of the model at
-    the same time. on_batch: called after each call of the model, from the worker's thread.
+    two of these share a call, which is as long as its longest; None: chosen so that little is padded. workers: calls of the model
+    at the same time. on_batch: called after each call of the model, from the worker's thread.
 
     A request gives the same answer whatever it was batched with. Without --padding-invariant a bundle's answers depend on how many
     blocks of 32 tokens the input has, so then only requests of equally many blocks share a call.
@@ -170,6 +170,11 @@ class BatchingRuntime:
     def queue_length(self) -> int:
         """Requests that wait now, without those that run."""
         return self._waiting
+
+    @property
+    def closed(self) -> bool:
+        """True from the beginning of `close`."""
+        return self._closed
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, answer those that wait (drain) or cancel them, and end the workers.
@@ -269,7 +274,7 @@ class BatchingRuntime:
 
     def _answer(self, requests: list[_Request]) -> None:
         started = time.monotonic()
-        inputs = _together(requests)
+        inputs = stacked([request.inputs for request in requests])
         failure: BaseException | None = None
         try:
             outputs = self.runtime.run(**inputs)
@@ -307,23 +312,6 @@ class BatchingRuntime:
         return rows[(slice(None),) * axis + (slice(request.shape[-1]),)]
 
 
-def _together(requests: Sequence[_Request]) -> Mapping[str, Integers]:
-    """The requests' rows below each other, padded at the end with masked tokens to the longest."""
-    if len(requests) == 1:
-        return requests[0].inputs
-    longest = max(request.shape[-1] for request in requests)
-    rows = sum(request.rows for request in requests)
-    merged = {}
-    for name in requests[0].inputs:
-        array = np.zeros((rows, *requests[0].shape[1:-1], longest), dtype=np.int64)
-        row = 0
-        for request in requests:
-            array[row : row + request.rows, ..., : request.shape[-1]] = request.inputs[name]
-            row += request.rows
-        merged[name] = array
-    return merged
-
-
 def _buckets(wanted: Sequence[int] | None, longest: int, padding_invariant: bool) -> tuple[int, ...]:
     """Upper ends of the buckets, ascending, the last one the model's longest input."""
     if wanted is None:
@@ -337,6 +325,6 @@ def _buckets(wanted: Sequence[int] | None, longest: int, padding_invariant: bool
             if start // BLOCK_SIZE != (end - 1) // BLOCK_SIZE:
                 raise ContractError(
                     f"length_buckets puts lengths {start + 1} to {end} together, but this bundle is not padding invariant, so an "
-                    f"answer would depend on its batch mates: use buckets of {BLOCK_SIZE} tokens, or export with --padding-invariant"
+                    f"answer would depend on its batch mates: use buckets of {BLOCK_SIZE}, or export with --padding-invariant"
                 )
     return ends

@@ -276,10 +276,10 @@ def test_closing_drains_and_takes_no_more(gate) -> None:
     waiting = [batching.submit(input_ids=tokens(1, n)) for n in (5, 50, 150)]
     closer = threading.Thread(target=batching.close)
     closer.start()
+    while not batching.closed:
+        time.sleep(0.001)
     with pytest.raises(BackendError, match="closing and takes no more requests"):
-        while True:  # until the other thread has come so far
-            waiting.append(batching.submit(input_ids=tokens(1, 5)))
-            time.sleep(0.01)
+        batching.submit(input_ids=tokens(1, 5))
     assert closer.is_alive()
     gate.opened.set()
     closer.join(WAIT)

@@ -1,0 +1,444 @@
+"""Load on servers over the loopback address: requests of ragged lengths arrive at random times, whether or not earlier ones were answered.
+
+Starts `mra-export serve` and a server that answers one request at a time (serve_naive.py), checks that both give the runtime's
+answers, and looks for the highest rate at which each keeps its 99th percentile below a limit. A request's time counts from the moment
+it was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing else may go wrong.
+Other servers join in with --target.
+
+    python benchmarks/serve_load.py bundle --json load.json
+    python benchmarks/serve_load.py bundle --target triton=v2=http://127.0.0.1:8001/v2/models/mra
+    python benchmarks/serve_load.py bundle --soak 100000
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import aiohttp
+import click
+import numpy as np
+import psutil
+from measure import machine
+
+from mra_export import MraRuntime
+from mra_export.corpus import read_texts
+from mra_export.predict import Predictor
+from mra_export.text import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+PROTOCOLS = ("fill-mask", "v2")
+_MAX_RATE = 20_000.0
+_START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Target:
+    """url: for fill-mask the whole of it, for v2 the model's. process: of a server that this script started."""
+
+    name: str
+    protocol: str
+    url: str
+    process: psutil.Process | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Outcome:
+    """One run. rate: requests a second that were due; throughput: that were answered. Milliseconds from when a request was due.
+
+    late_ms: how late the client itself sent (99th percentile): its own share of the times. batches: requests in a call -> calls.
+    """
+
+    rate: float
+    sent: int
+    answered: int
+    errors: dict[str, int]
+    throughput: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    late_ms: float
+    batches: dict[str, int] = field(default_factory=dict)
+
+
+def questions(bundle: Path, corpus: Path, count: int, median: float, spread: float, longest: int, seed: int) -> list[Question]:
+    """Pieces of the corpus with one mask each; their lengths in tokens are log-normal."""
+    tokenizer = Tokenizer(bundle)
+    tokens = tokenizer.tokens("\n".join(read_texts(corpus)))
+    before, after = tokenizer.frame
+    random = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(random.normal(math.log(median), spread, count)), 4, longest).astype(int)
+    made = []
+    for length in lengths:
+        start = int(random.integers(0, len(tokens) - length))
+        inner = tokens[start : start + int(length) - len(before) - len(after)]
+        inner[int(random.integers(0, len(inner)))] = tokenizer.mask_id or 0
+        text = "".join(tokenizer.decode(token) for token in inner)
+        ids = tokenizer.encode([text], 10**6)["input_ids"][0].tolist()  # the text may be cut in other places than it was
+        if len(ids) <= longest and (np.array(ids) == tokenizer.mask_id).sum() == 1:
+            made.append(Question(text, ids))
+    return made
+
+
+def payload(target: Target, question: Question) -> tuple[str, bytes, dict[str, str]]:
+    """URL, body and headers."""
+    if target.protocol == "fill-mask":
+        return target.url, json.dumps({"text": question.text}).encode(), {"Content-Type": "application/json"}
+    ids = np.array([question.ids], dtype="<i8")
+    shape = list(ids.shape)
+    inputs = [
+        {"name": name, "shape": shape, "datatype": "INT64", "parameters": {"binary_data_size": ids.nbytes}}
+        for name in ("input_ids", "attention_mask")
+    ]
+    header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(header))}
+    return target.url + "/infer", header + ids.tobytes() + np.ones_like(ids).tobytes(), headers
+
+
+def check(target: Target, question: Question, predictor: Predictor) -> None:
+    """Raises ClickException unless the target gives the runtime's answer."""
+    url, body, headers = payload(target, question)
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=_START_SECONDS) as response:
+        content, size = response.read(), response.headers.get("Inference-Header-Content-Length")
+    if target.protocol == "fill-mask":
+        masks = json.loads(content)["answers"][0]["masks"]
+        wanted = predictor.texts([question.text])[0]["masks"]
+        same = [[t["id"] for t in mask] for mask in masks] == [[t["id"] for t in mask] for mask in wanted]
+    else:
+        logits = predictor.runtime.run(input_ids=np.array([question.ids]))["logits"]
+        got = np.frombuffer(content[int(size) :], np.float32)
+        same = got.size == logits.size and bool(np.allclose(got, logits.ravel(), atol=1e-3))
+    if not same:
+        raise click.ClickException(f"{target.name} gives another answer than the runtime to {question.text!r}: not timed")
+
+
+async def load(target: Target, asked: list[Question], rate: float, seconds: float, seed: int) -> Outcome:
+    """Poisson arrivals of this rate for so long; waits for every answer."""
+    random = np.random.default_rng(seed)
+    due = np.cumsum(random.exponential(1 / rate, int(rate * seconds * 1.5) + 20))
+    due = due[due < seconds]
+    requests = [payload(target, asked[int(n)]) for n in random.integers(0, len(asked), len(due))]
+    times: list[float] = []
+    late: list[float] = []
+    outcomes: Counter[str] = Counter()
+    before = batches(target)
+    connector = aiohttp.TCPConnector(limit=900, keepalive_timeout=30)  # no more than the server takes at once
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
+
+        async def send(when: float, url: str, body: bytes, headers: dict[str, str]) -> None:
+            late.append(time.perf_counter() - when)
+            try:
+                async with session.post(url, data=body, headers=headers) as response:
+                    content = await response.read()
+            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                outcomes[type(error).__name__] += 1
+                return
+            if response.status == 200:
+                outcomes["ok"] += 1
+                times.append(time.perf_counter() - when)
+            else:
+                busy = response.status == 503 and b"max_queue" in content
+                outcomes["busy" if busy else f"HTTP {response.status}"] += 1
+
+        tasks = []
+        start = time.perf_counter() + 0.05
+        for offset, request in zip(due, requests, strict=True):
+            wait = start + offset - time.perf_counter()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            tasks.append(asyncio.ensure_future(send(start + offset, *request)))
+        await asyncio.gather(*tasks)
+        took = time.perf_counter() - start
+    answered = outcomes.pop("ok", 0)
+    p50, p95, p99 = (float(np.percentile(times, q)) * 1e3 if times else math.inf for q in (50, 95, 99))
+    after = batches(target)
+    formed = {size: after[size] - before.get(size, 0) for size in after if after[size] > before.get(size, 0)}
+    return Outcome(
+        round(rate, 1),
+        len(due),
+        answered,
+        dict(outcomes),
+        round(answered / max(took, seconds), 1),
+        round(p50, 2),
+        round(p95, 2),
+        round(p99, 2),
+        round(float(np.percentile(late, 99)) * 1e3, 2),
+        formed,
+    )
+
+
+def batches(target: Target) -> dict[str, int]:
+    """Calls of the model by the number of requests they answered, "up to" the histogram's bounds; empty where /metrics is not ours."""
+    if target.process is None or target.name == "naive":
+        return {}
+    base = urlparse(target.url)
+    text = urllib.request.urlopen(f"{base.scheme}://{base.netloc}/metrics", timeout=_START_SECONDS).read().decode()
+    counts, below = {}, 0.0
+    for line in text.splitlines():
+        if line.startswith("mra_batch_requests_bucket"):
+            bound, value = line.split('le="')[1].split('"')[0], float(line.rsplit(" ", 1)[1])
+            counts[bound.removesuffix(".0")] = int(value - below)
+            below = value
+    return counts
+
+
+def good(outcome: Outcome, limit_ms: float) -> bool:
+    return not outcome.errors and outcome.p99_ms <= limit_ms
+
+
+def highest_rate(run: Callable[[float], Outcome], limit_ms: float, first: float, steps: int) -> list[Outcome]:
+    """Double the rate until it is too much, then halve the distance so often. Every run is returned, in order."""
+    runs = [run(first)]
+    if good(runs[0], limit_ms):
+        while good(runs[-1], limit_ms) and runs[-1].rate < _MAX_RATE:
+            runs.append(run(runs[-1].rate * 1.5))
+        low, high = runs[-2].rate, runs[-1].rate
+    else:
+        while not good(runs[-1], limit_ms) and runs[-1].rate > 1:
+            runs.append(run(runs[-1].rate / 1.5))
+        low, high = runs[-1].rate, runs[-2].rate
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        runs.append(run(middle))
+        low, high = (middle, high) if good(runs[-1], limit_ms) else (low, middle)
+    return runs
+
+
+def best(runs: list[Outcome], limit_ms: float) -> Outcome | None:
+    return max((run for run in runs if good(run, limit_ms)), key=lambda run: run.rate, default=None)
+
+
+@contextlib.contextmanager
+def started(name: str, command: list[str], port: int, log: Path) -> Iterator[psutil.Process]:
+    """A server of our own, from when it is ready to its end."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        end = time.monotonic() + _START_SECONDS
+        while True:
+            if process.poll() is not None or time.monotonic() > end:
+                raise click.ClickException(f"{name} did not start:\n{log.read_text()[-2000:]}")
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5)
+                break
+            time.sleep(0.1)
+        yield psutil.Process(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(_START_SECONDS)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def shared_memory() -> int:
+    return len(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else 0
+
+
+def holds(target: Target) -> dict[str, int]:
+    assert target.process is not None
+    process = target.process
+    return {
+        "rss_bytes": process.memory_info().rss,
+        "threads": process.num_threads(),
+        "files": process.num_fds(),
+        "shared_memory": shared_memory(),
+    }
+
+
+async def soak(target: Target, asked: list[Question], count: int, seconds: float, callers: int) -> dict[str, Any]:
+    """So many callers, each with its next request when the last is answered, until so many requests or seconds are over.
+
+    The first fifth warms up; what the server holds after it and at every further tenth is compared.
+    """
+    left, done = iter(range(count)), 0
+    errors: Counter[str] = Counter()
+    marks: list[dict[str, int]] = []
+    start = time.perf_counter()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=callers)) as session:
+
+        async def caller() -> None:
+            nonlocal done
+            for number in left:
+                if time.perf_counter() - start > seconds:
+                    return
+                url, body, headers = payload(target, asked[number % len(asked)])
+                async with session.post(url, data=body, headers=headers) as response:
+                    await response.read()
+                    if response.status != 200:
+                        errors[f"HTTP {response.status}"] += 1
+                done += 1
+                if done % max(1, count // 10) == 0 and done >= count // 5:
+                    marks.append({"requests": done, **holds(target)})
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+    await asyncio.sleep(1)
+    marks.append({"requests": done, **holds(target)})
+    first, last = marks[0], marks[-1]
+    return {
+        "requests": done,
+        "seconds": round(time.perf_counter() - start, 1),
+        "errors": dict(errors),
+        "marks": marks,
+        "growth": round(max(mark["rss_bytes"] for mark in marks) / first["rss_bytes"] - 1, 4),
+        "leaked": {name: last[name] - first[name] for name in ("threads", "files", "shared_memory")},
+    }
+
+
+def parse_target(value: str) -> Target:
+    """NAME=PROTOCOL=URL. Raises BadParameter, also for any host but the loopback address."""
+    name, _, rest = value.partition("=")
+    protocol, _, url = rest.partition("=")
+    if protocol not in PROTOCOLS or not url:
+        raise click.BadParameter(f"{value!r}: pass NAME=PROTOCOL=URL with a protocol of {', '.join(PROTOCOLS)}")
+    if urlparse(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise click.BadParameter(f"{url}: load only ever goes to 127.0.0.1")
+    return Target(name, protocol, url.rstrip("/"))
+
+
+def line(name: str, outcome: Outcome) -> str:
+    errors = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items()) or "no error"
+    return (
+        f"{name:>8} {outcome.rate:8.1f}/s: {outcome.throughput:7.1f}/s answered, p50 {outcome.p50_ms:7.1f}, p95 {outcome.p95_ms:7.1f}, "
+        f"p99 {outcome.p99_ms:7.1f} ms, {errors}, batches {outcome.batches}"
+    )
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.option("--target", "others", multiple=True, callback=lambda c, p, v: [parse_target(t) for t in v], help="NAME=PROTOCOL=URL")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="fill-mask", show_default=True, help="For `mra-export serve`.")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path, exists=True), default=HERE.parent / "mra_export", help="Texts to ask about."
+)
+@click.option("--median", type=float, default=32, show_default=True, help="Tokens of a request, half are shorter.")
+@click.option("--spread", type=float, default=0.8, show_default=True, help="Standard deviation of the lengths' logarithm.")
+@click.option("--limit-ms", type=float, default=100, show_default=True, help="What the 99th percentile must stay below.")
+@click.option("--seconds", type=float, default=6, show_default=True, help="Of each run.")
+@click.option("--steps", type=int, default=3, show_default=True, help="Runs that narrow the highest rate down.")
+@click.option("--first-rate", type=float, default=80, show_default=True)
+@click.option(
+    "--serve-option", "serve_options", multiple=True, help="Handed to `mra-export serve`, such as --serve-option=--workers=1"
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--soak", "soak_count", type=int, help="In place of the rates: so many requests, and what the server holds.")
+@click.option("--soak-seconds", type=float, default=900, show_default=True, help="The soak ends then at the latest.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False))
+def main(
+    bundle: Path,
+    others: list[Target],
+    protocol: str,
+    corpus: Path,
+    median: float,
+    spread: float,
+    limit_ms: float,
+    seconds: float,
+    steps: int,
+    first_rate: float,
+    serve_options: tuple[str, ...],
+    seed: int,
+    soak_count: int | None,
+    soak_seconds: float,
+    json_file: Path | None,
+) -> None:
+    with MraRuntime.load(bundle, "onnxruntime") as runtime:
+        predictor = Predictor(runtime)
+        longest = runtime.bundle.manifest.model.max_position_embeddings
+        asked = questions(bundle, corpus, 600, median, spread, longest, seed)
+        lengths = [len(question.ids) for question in asked]
+        results: dict[str, Any] = {
+            "machine": machine(),
+            "lengths": {
+                "median": statistics.median(lengths),
+                "mean": round(statistics.mean(lengths), 1),
+                "p95": float(np.percentile(lengths, 95)),
+                "longest": max(lengths),
+            },
+            "limit_ms": limit_ms,
+            "seconds": seconds,
+            "serve_options": list(serve_options),
+            "protocol": protocol,
+        }
+        click.echo(f"{len(asked)} texts, tokens: {results['lengths']}")
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            targets = []
+            port = free_port()
+            mra = [sys.executable, "-c", "from mra_export.cli import main; main()", "serve", str(bundle), "--port", str(port)]
+            mra += ["--name", "mra", *serve_options]
+            process = stack.enter_context(started("mra-export serve", mra, port, Path(folder) / "serve.log"))
+            path = "/v1/fill-mask" if protocol == "fill-mask" else "/v2/models/mra"
+            targets.append(Target("serve", protocol, f"http://127.0.0.1:{port}{path}", process))
+            if soak_count is None:
+                port = free_port()
+                naive = [sys.executable, str(HERE / "serve_naive.py"), str(bundle), str(port)]
+                process = stack.enter_context(started("naive", naive, port, Path(folder) / "naive.log"))
+                targets.append(Target("naive", "fill-mask", f"http://127.0.0.1:{port}/v1/fill-mask", process))
+            targets += others
+            for target in targets:
+                for question in asked[:8]:
+                    check(target, question, predictor)
+            runtime.close()  # the rest of the time belongs to the servers
+            if soak_count is not None:
+                results["soak"] = asyncio.run(soak(targets[0], asked, soak_count, soak_seconds, 16))
+                click.echo(json.dumps(results["soak"], indent=1))
+            else:
+                results["servers"] = {}
+                for target in targets:
+                    results["servers"][target.name] = measure_target(target, asked, limit_ms, seconds, first_rate, steps, seed)
+                summary = {name: server["best"] for name, server in results["servers"].items()}
+                if summary["serve"] and summary["naive"]:
+                    ratio = summary["serve"]["throughput"] / summary["naive"]["throughput"]
+                    results["times_the_naive_throughput"] = round(ratio, 2)
+                    click.echo(f"serve answers {ratio:.2f} times as many requests as naive with p99 below {limit_ms:g} ms")
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure_target(
+    target: Target, asked: list[Question], limit_ms: float, seconds: float, first_rate: float, steps: int, seed: int
+) -> dict[str, Any]:
+    def run(rate: float) -> Outcome:
+        outcome = asyncio.run(load(target, asked, rate, seconds, seed))
+        click.echo(line(target.name, outcome))
+        return outcome
+
+    asyncio.run(load(target, asked, first_rate / 4, 2.0, seed))  # warm
+    runs = highest_rate(run, limit_ms, first_rate, steps)
+    found = best(runs, limit_ms)
+    measured: dict[str, Any] = {"best": asdict(found) if found else None, "runs": [asdict(outcome) for outcome in runs]}
+    if target.name == "serve" and found:
+        click.echo("more than it can do:")
+        overload = run(found.rate * 2.5)
+        measured["overload"] = asdict(overload)
+        if set(overload.errors) - {"busy"}:
+            raise click.ClickException(f"under overload there were errors other than busy: {overload.errors}")
+    return measured
+
+
+if __name__ == "__main__":
+    main()
