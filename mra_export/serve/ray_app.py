@@ -2,8 +2,8 @@
 
     serve run mra_export.serve.ray_app:app bundle=/shared/bundle replicas=2
 
-One address in front (`Ingress`), the model behind it (`Replica`). A replica that dies takes no request with it: the ingress gives its
-requests to another, which is safe because inference changes nothing.
+One address in front (`Ingress`), the model behind it (`Replica`). A replica that dies takes no request with it: the ingress gives
+its requests to another, which is safe because inference changes nothing.
 """
 
 # No `from __future__ import annotations`: Ray reads the type of app's argument to turn name=value into RayOptions.
@@ -39,8 +39,8 @@ Arrays = dict[str, Any]
 class RayOptions(BaseModel):
     """What `serve run` takes as name=value.
 
-    bundle: its folder, the same on every machine. name: the model's in URLs. replicas: copies of the model, or with max_replicas
-    the least of them, the rest as load demands. num_cpus, num_gpus: of one replica; its threads are num_cpus. backend, device: as for
+    bundle: its folder, the same on every machine. name: the model's in URLs. replicas: copies of the model, or with max_replicas the
+    least of them, the rest as load demands. num_cpus, num_gpus: of one replica; its threads are num_cpus. backend, device: as for
     MraRuntime.load. max_batch_size, max_delay_ms: as for BatchingRuntime. max_queue: requests that may wait for a replica.
     """
 
