@@ -1,8 +1,7 @@
-"""examples/deploy: no container engine and no cluster is here, so its files are checked by linter, schema, and our own command line."""
+"""examples/deploy: no container engine and no cluster is here: its files are checked by linter, schemas and our own command line."""
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import re
@@ -30,10 +29,11 @@ MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
 CHECKERS = ROOT / ".downloads" / "manifests"
 KUBERNETES = "1.33.0"
 KSERVE = {"InferenceService": "V1beta1InferenceService", "ServingRuntime": "V1alpha1ServingRuntime"}
-needs_checkers = [
-    pytest.mark.heavy,
-    pytest.mark.skipif(not (CHECKERS / "kserve").is_dir(), reason=f"no schemas in {CHECKERS}: make test-heavy gets them"),
-]
+
+
+def needs_checkers(test: Any) -> Any:
+    there = (CHECKERS / "kserve").is_dir()
+    return pytest.mark.heavy(pytest.mark.skipif(not there, reason=f"no schemas in {CHECKERS}: make test-heavy gets them")(test))
 
 
 def instructions(file: Path) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def test_the_health_check_tells_a_ready_server_from_one_that_is_not(monkeypatch)
     status = 503
 
     class Answer(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(status if self.path == "/v2/health/ready" else 404)
             self.end_headers()
 
@@ -178,20 +178,18 @@ def test_services_name_the_runtime_that_comes_with_them() -> None:
         assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
 
 
-class TestSchemas:
-    pytestmark = needs_checkers
+@pytest.fixture(scope="module")
+def definitions() -> dict[str, Any]:
+    folder = CHECKERS / "kubernetes_validate" / "kubernetes-json-schema" / f"v{KUBERNETES}-local-strict"
+    return json.loads((folder / "_definitions.json").read_text())["$defs"]
 
-    @pytest.fixture(scope="class")
-    def definitions(self) -> dict[str, Any]:
-        folder = CHECKERS / "kubernetes_validate" / "kubernetes-json-schema" / f"v{KUBERNETES}-local-strict"
-        return json.loads((folder / "_definitions.json").read_text())["definitions"]
 
-    @pytest.fixture(scope="class")
-    def kubernetes(self) -> Any:
-        """validate(resources as JSON) -> messages, in a process that has the checkers' packages."""
+@pytest.fixture(scope="module")
+def kubernetes() -> Any:
+    """validate(resources as JSON) -> messages, in a process that has the checkers' packages."""
 
-        def run(kind: str, value: Any) -> list[str]:
-            code = """
+    def run(kind: str, value: Any) -> list[str]:
+        code = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 kind, value = json.load(sys.stdin)
@@ -205,41 +203,46 @@ if kind == "resource":
 else:
     from kubernetes_validate.utils import schema_contents
     schemas = schema_contents(f"kubernetes-json-schema/v{sys.argv[2]}-local-strict/_definitions.json", sys.argv[2])
-    schema = {"$ref": f"#/definitions/{kind}", "definitions": schemas["definitions"]}
+    schema = {**schemas, "$ref": f"#/$defs/{kind}"}
     print(json.dumps([error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(value)]))
 """
-            command = [sys.executable, "-c", code, str(CHECKERS), KUBERNETES]
-            done = subprocess.run(command, input=json.dumps([kind, value]), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return ast.literal_eval(done.stdout)
+        command = [sys.executable, "-c", code, str(CHECKERS), KUBERNETES]
+        done = subprocess.run(command, input=json.dumps([kind, value]), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
-        return run
+    return run
 
-    def problems(self, resource: dict[str, Any], kubernetes: Any, definitions: dict[str, Any]) -> list[str]:
-        if resource["kind"] not in KSERVE:
-            return kubernetes("resource", resource)
-        return KServe(CHECKERS, definitions).problems(resource, KSERVE[resource["kind"]], kubernetes)
 
-    @pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
-    def test_every_resource_is_valid(self, file, kubernetes, definitions) -> None:
-        for resource in resources(file):
-            assert self.problems(resource, kubernetes, definitions) == []
+def problems(resource: dict[str, Any], kubernetes: Any, definitions: dict[str, Any]) -> list[str]:
+    if resource["kind"] not in KSERVE:
+        return kubernetes("resource", resource)
+    return KServe(CHECKERS, definitions).problems(resource, KSERVE[resource["kind"]], kubernetes)
 
-    def test_the_schemas_find_mistakes(self, kubernetes, definitions) -> None:
-        runtime, service = resources(DEPLOY / "kserve-cpu.yaml")
-        deployment = resources(DEPLOY / "kubernetes.yaml")[0]
-        for resource, keys, value in (
-            (service, ("spec", "predictor", "model", "storageURL"), "pvc://bundles/mra"),
-            (service, ("spec", "predictor", "minReplicas"), "1"),
-            (service, ("spec", "predictor", "model", "resources"), {"request": {}}),
-            (runtime, ("spec", "containers", 0, "port"), 8080),
-            (runtime, ("spec", "protocolVersions"), "v2"),
-            (deployment, ("spec", "replicas"), "two"),
-            (deployment, ("spec", "template", "spec", "containers", 0, "arg"), []),
-        ):
-            wrong = copy.deepcopy(resource)
-            place: Any = wrong
-            for key in keys[:-1]:
-                place = place[key]
-            place[keys[-1]] = value
-            assert self.problems(wrong, kubernetes, definitions), keys
+
+@needs_checkers
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
+def test_every_resource_is_valid(file, kubernetes, definitions) -> None:
+    for resource in resources(file):
+        assert problems(resource, kubernetes, definitions) == []
+
+
+@needs_checkers
+def test_the_schemas_find_mistakes(kubernetes, definitions) -> None:
+    runtime, service = resources(DEPLOY / "kserve-cpu.yaml")
+    deployment = resources(DEPLOY / "kubernetes.yaml")[0]
+    for resource, keys, value in (
+        (service, ("spec", "predictor", "model", "storageURL"), "pvc://bundles/mra"),
+        (service, ("spec", "predictor", "minReplicas"), "1"),
+        (service, ("spec", "predictor", "model", "resources"), {"request": {}}),
+        (runtime, ("spec", "containers", 0, "port"), 8080),
+        (runtime, ("spec", "protocolVersions"), "v2"),
+        (deployment, ("spec", "replicas"), "two"),
+        (deployment, ("spec", "template", "spec", "containers", 0, "arg"), []),
+    ):
+        wrong = copy.deepcopy(resource)
+        place: Any = wrong
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        assert problems(wrong, kubernetes, definitions), keys
