@@ -6,7 +6,7 @@ SOURCES := $(shell find mra_export/plugins -type f -not -name '*.py')
 OLD := .downloads
 NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-heavy lint format bench clean
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
 
@@ -42,14 +42,23 @@ help: ## This list.
 demo: .venv/installed ## From the shipped checkpoint to a verified bundle, on real text.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test.
+test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test but those of test-heavy.
 	@MRA_TEST_ORT_OLD="$(CURDIR)/$(OLD)/onnxruntime" MRA_TEST_TRANSFORMERS_OLD="$(CURDIR)/$(OLD)/transformers" \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS)
+
+test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests ## Real servers on loopback (Triton, Ray Serve), and deployment files by their schemas.
+	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
 
 # Old releases that the tests run against, each in a folder of its own. Without a network those tests skip and say so.
 $(OLD)/%: tests/old/%.txt .venv/packages
 	@echo "Fetching the old $* that the tests also run against"
 	@rm -rf $@ && $(PIP) install --target $@ -r $< && touch $@ || { rm -rf $@; echo "No old $* here: its tests will be skipped"; }
+
+# What the heavy tests start or check with. Without a network they skip and say so.
+$(OLD)/triton $(OLD)/manifests: NO_DEPS := --no-deps
+$(OLD)/%: tests/deploy/%.txt .venv/packages
+	@echo "Fetching $* for the heavy tests"
+	@rm -rf $@ && $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || { rm -rf $@; echo "No $* here: its tests will be skipped"; }
 
 lint: .venv/installed ## ruff, mypy and clang-format.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -39,7 +39,6 @@ REQUIRED_FILES = (MODEL, CONFIG, GOLDEN)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
-_STAGED_MANIFEST = "manifest.partial.json"
 _staging: set[Path] = set()
 """Folders this process is filling. Their manifest has another name, so whatever a kill leaves behind loads nowhere."""
 
@@ -220,13 +219,15 @@ def file_entry(path: Path) -> FileEntry:
 
 def list_files(folder: Path) -> dict[str, FileEntry]:
     """Manifest entries of every file under a folder but the manifest itself."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _STAGED_MANIFEST))
+    paths = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path not in (folder / MANIFEST, _staged_name(folder / MANIFEST))
+    )
     return {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
 
 
-def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Write or replace a bundle's manifest in one step: a reader sees the old one or the new one."""
-    target = _manifest_path(Path(folder))
+def write_manifest(folder: str | os.PathLike[str], manifest: BaseModel, name: str = MANIFEST) -> None:
+    """Write or replace a folder's manifest, the file `name`, in one step: a reader sees the old one or the new one."""
+    target = _manifest_path(Path(folder), name)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -239,21 +240,22 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
     _fsync_folder(target.parent)
 
 
-def check_target(path: str | os.PathLike[str], force: bool) -> Path:
+def check_target(path: str | os.PathLike[str], force: bool, manifest: str = MANIFEST, what: str = "bundle") -> Path:
     """Refuse a place where a bundle must not or cannot be written; returns its absolute path.
 
     A folder that is empty or not there is fine. A bundle is overwritten with `force` only, and anything else never: no file that a
-    bundle's manifest does not list is ever deleted. Raises BundleError.
+    bundle's manifest does not list is ever deleted. The same goes for other folders that we write, `what` with its own `manifest`.
+    Raises BundleError.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise BundleError(f"{path} is a file: choose a folder that does not exist yet")
     if target.is_dir() and any(target.iterdir()):
-        foreign = _foreign_file(target)
+        foreign = _foreign_file(target, manifest)
         if foreign:
-            raise BundleError(f"{path} holds {foreign}, which no bundle lists: choose another folder, or move it away")
+            raise BundleError(f"{path} holds {foreign}, which no {what} lists: choose another folder, or move it away")
         if not force:
-            raise BundleError(f"{path} already holds a bundle: pass --force to overwrite it, or choose another folder")
+            raise BundleError(f"{path} already holds a {what}: pass --force to overwrite it, or choose another folder")
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -263,13 +265,13 @@ def check_target(path: str | os.PathLike[str], force: bool) -> Path:
 
 
 @contextlib.contextmanager
-def staged(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+def staged(path: str | os.PathLike[str], force: bool = False, manifest: str = MANIFEST, what: str = "bundle") -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it becomes `path`, on any exception or Ctrl-C it is removed.
 
-    With `force`, an older bundle at `path` stays until the new one is complete. Raises BundleError (see `check_target`), also if no
-    manifest was written into the folder.
+    With `force`, an older bundle at `path` stays until the new one is complete. `manifest`, `what`: see `check_target`. Raises
+    BundleError (see there), also if no manifest was written into the folder.
     """
-    target = check_target(path, force)
+    target = check_target(path, force, manifest, what)
     created = [parent for parent in target.parents if not parent.exists()]
     folder: Path | None = None
     try:
@@ -281,7 +283,7 @@ def staged(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
             raise BundleError(f"{target.parent} cannot be written to ({error.strerror}): choose another folder") from error
         _staging.add(folder)
         yield folder
-        _publish(folder, target, force)
+        _publish(folder, target, force, manifest, what)
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -294,8 +296,9 @@ def staged(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
             _staging.discard(folder)
 
 
-def _publish(folder: Path, target: Path, force: bool) -> None:
-    if not (folder / _STAGED_MANIFEST).is_file():
+def _publish(folder: Path, target: Path, force: bool, manifest: str, what: str) -> None:
+    staged_manifest = _staged_name(folder / manifest)
+    if not staged_manifest.is_file():
         raise BundleError(f"no manifest was written for {target}: the export did not finish")
     readable = folder.stat().st_mode & 0o666  # what the umask leaves; safetensors, for one, writes files that only we could read
     for path in sorted(folder.rglob("*")):
@@ -305,8 +308,8 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
                 os.fsync(stream.fileno())
         else:
             _fsync_folder(path)
-    check_target(target, force)  # again: the export took a while
-    (folder / _STAGED_MANIFEST).replace(folder / MANIFEST)
+    check_target(target, force, manifest, what)  # again: the export took a while
+    staged_manifest.replace(folder / manifest)
     _fsync_folder(folder)
     previous = None
     if force and target.is_dir() and any(target.iterdir()):
@@ -325,10 +328,10 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
         shutil.rmtree(previous)
 
 
-def _foreign_file(folder: Path) -> str | None:
-    """A file in the folder that no bundle's manifest lists, or None. An unreadable manifest lists nothing."""
+def _foreign_file(folder: Path, manifest: str) -> str | None:
+    """A file in the folder that its manifest does not list, or None. An unreadable manifest lists nothing."""
     try:
-        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
+        listed = set(json.loads((folder / manifest).read_text(encoding="utf-8"))["files"]) | {manifest}
     except (OSError, ValueError, KeyError, TypeError):
         listed = set()
     for path in sorted(folder.rglob("*")):
@@ -338,8 +341,12 @@ def _foreign_file(folder: Path) -> str | None:
     return None if listed else next(folder.iterdir()).name
 
 
-def _manifest_path(folder: Path) -> Path:
-    return folder / (_STAGED_MANIFEST if folder.resolve() in _staging else MANIFEST)
+def _manifest_path(folder: Path, name: str = MANIFEST) -> Path:
+    return _staged_name(folder / name) if folder.resolve() in _staging else folder / name
+
+
+def _staged_name(manifest: Path) -> Path:
+    return manifest.with_suffix(".partial.json")
 
 
 def _read_manifest(folder: Path) -> Manifest:

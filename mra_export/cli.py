@@ -155,6 +155,7 @@ def main() -> None:
     mra-export run BUNDLE --text "..."      try it
     mra-export verify BUNDLE                compare every runtime with PyTorch
     mra-export bench BUNDLE                 time them
+    mra-export triton BUNDLE REPO           serve it with Triton
 
     Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 1 anything else.
     """
@@ -594,6 +595,55 @@ def run(
         else:
             answers = predictor.texts(texts)
         _tell(talker, answers, as_json, predictor.task)
+
+
+@main.command("triton", cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repository", type=click.Path(path_type=Path), metavar="REPO")
+@click.option(
+    "--backend",
+    type=click.Choice(("onnxruntime", "tensorrt", "python")),
+    required=True,
+    help="Of Triton. python: our own runtime in Triton, which puts requests of different lengths into one batch.",
+)
+@click.option("--name", default="mra", show_default=True, help="The model's name in Triton.")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default cuda for tensorrt, cpu for the others.")
+@click.option(
+    "--runtime",
+    type=click.Choice(("auto", "torch", "onnxruntime", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="With --backend python: what runs the model.",
+)
+@click.option("--engine", help="File name of the engine, where BUNDLE has several.")
+@click.option("--no-op-library", is_flag=True, help="Run the operator's definition in place of its compiled library.")
+@click.option("--max-batch-size", type=click.IntRange(min=1), help="Rows of one call; default 8, or what the engine takes.")
+@click.option("--max-delay-ms", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Wait for a larger batch.")
+@click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
+@click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of the model, per GPU.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one call in ONNX Runtime; default its own.")
+@click.option("--tokenizer", is_flag=True, help="Also write NAME-text, an ensemble that takes text.")
+@click.option("--mount", default="/models", show_default=True, help="Where the server sees REPO: an absolute path.")
+@click.option("--force", is_flag=True, help="Overwrite a model repository that is at REPO.")
+@click.pass_obj
+def triton_command(talker: Talker, /, bundle: Path, repository: Path, force: bool, no_op_library: bool, **options: Any) -> None:
+    """Write BUNDLE as the model repository REPO of Triton Inference Server. REPO/README.md says how to start it.
+
+    \b
+    Examples:
+      mra-export triton my-bundle repository --backend python --tokenizer
+      mra-export triton my-bundle repository --backend onnxruntime --max-batch-size 16 --mount "$PWD/repository"
+      mra-export triton my-bundle repository --backend tensorrt --instances 2
+    """
+    from mra_export.bundle import Bundle
+    from mra_export.serve.triton import TritonOptions, write_repository
+
+    wanted = TritonOptions(op_library=not no_op_library, **options)
+    talker.progress(f"checking the files of {bundle}")
+    written = write_repository(Bundle.load(bundle), repository, wanted, force=force, progress=talker.progress)
+    talker.print(
+        f"{repository}: {', '.join(written.models)}, {_megabytes(repository)} MB. {repository}/README.md says how to start it"
+    )
 
 
 @main.command("serve", cls=Command)

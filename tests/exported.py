@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},
     "bf16": {"dtype": "bf16"},
+    "invariant": {"padding_invariant": True},
     "int8": {"dtype": "int8", "calibration": Path(__file__).parent.parent / "docs"},
     "int8-dynamic": {"dtype": "int8"},
     "answers": {"task": "question-answering", "padding_invariant": True, "config": {"type_vocab_size": 2, "approx_mode": "sparse"}},

@@ -22,7 +22,7 @@ from mra_export import __version__
 from mra_export.bundle import MODEL, Bundle, file_entry
 from mra_export.cli import main
 
-COMMANDS = ("export", "verify", "bench", "run", "inspect", "doctor", "init")
+COMMANDS = ("export", "verify", "bench", "run", "triton", "inspect", "doctor", "init")
 
 
 def call(*arguments: object, **options) -> Result:

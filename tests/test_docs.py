@@ -2,7 +2,8 @@
 
 ```console blocks: the lines after "$ " are shell commands; what follows a command until the next is what it prints (not compared).
 ```python blocks run in one interpreter per page, after that page's commands before them.
-A block marked ```console title=gpu needs a GPU, ```console title=setup is what the newcomer runs before anything else (make ...).
+A block marked ```console title=gpu needs a GPU; title=container, title=cluster or title=heavy what the machine may lack;
+title=setup is what the newcomer runs before anything else (make ...).
 """
 
 import os
