@@ -65,7 +65,7 @@ def require(name: str) -> Path:
 
 
 def cmake_prefix() -> Path:
-    """What CMake's find_package(MraExport) needs in CMAKE_PREFIX_PATH: the folder that holds include/ and lib/ of this installation.
+    """For CMAKE_PREFIX_PATH of find_package(MraExport): the folder that holds include/ and lib/ of this installation.
 
     Raises PluginLoadError where there is none.
     """

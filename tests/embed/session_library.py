@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,11 @@ class Session:
         library().mra_session_options_init(chosen)
         for name, value in options.items():
             setattr(chosen, name, str(value).encode() if isinstance(value, str | Path) else value)
-        check(library().mra_session_open(str(bundle).encode(), chosen, self._handle))
+        check(library().mra_session_open(os.fsencode(bundle), chosen, self._handle))
 
     def run(self, **arrays: Any) -> dict[str, Any]:
         """int64 arrays in; arrays of the graph's type and, by name + "/float32", widened ones out."""
-        keep = {
-            name: None if array is None else np.ascontiguousarray(array, dtype=np.int64) for name, array in arrays.items()
-        }
+        keep = {name: None if array is None else np.asarray(array, np.int64, order="C") for name, array in arrays.items()}
         inputs = (Input * max(len(keep), 1))()
         for number, (name, array) in enumerate(keep.items()):
             shape = () if array is None else array.shape

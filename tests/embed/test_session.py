@@ -44,7 +44,11 @@ def test_outputs_are_those_of_python(bundles, kind) -> None:
     ids, mask = tokens(*shape), np.ones(shape, dtype=np.int64)
     mask[1, ..., 30:] = 0
     with Session(bundles(kind)) as session, MraRuntime.load(bundles(kind), "onnxruntime") as runtime:
-        for arrays in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask * 7}, {"input_ids": ids[:1], "attention_mask": None}):
+        for arrays in (
+            {"input_ids": ids},
+            {"input_ids": ids, "attention_mask": mask * 7},
+            {"input_ids": ids[:1], "attention_mask": None},
+        ):
             found, wanted = session.run(**arrays), runtime.run(**arrays)
             for name, expected in wanted.items():
                 assert (found[name].dtype, found[name].shape) == (expected.dtype, expected.shape)
@@ -155,10 +159,20 @@ def test_validate_fails_where_the_golden_outputs_differ_in_pythons_words(copied,
 
 def test_golden_files_that_are_none_are_refused(copied) -> None:
     whole = (copied / GOLDEN).read_bytes()
-    for damaged in (b"", b"not a zip", whole[: len(whole) // 2], whole[:-4], whole.replace(b"'<i8'", b"'<i2'"), b"PK\5\6" + b"\xff" * 18):
+    for damaged in (
+        b"",
+        b"not a zip",
+        whole[: len(whole) // 2],
+        whole[:-4],
+        whole.replace(b"'<i8'", b"'<i2'"),
+        b"PK\5\6" + b"\xff" * 18,
+    ):
         (copied / GOLDEN).write_bytes(damaged)
         relist(copied)
-        with Session(copied) as session, pytest.raises(BundleError, match=r"golden.npz cannot be read as golden inputs and outputs \("):
+        with (
+            Session(copied) as session,
+            pytest.raises(BundleError, match=r"golden.npz cannot be read as golden inputs and outputs \("),
+        ):
             session.validate()
     np.savez_compressed(copied / GOLDEN, **{"inputs/0/input_ids": np.zeros((1, 400), np.int64)})
     relist(copied)

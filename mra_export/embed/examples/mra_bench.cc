@@ -1,13 +1,11 @@
 // mra_bench BUNDLE: checks the golden outputs, then times calls from one or more threads.
-#include <mra_session.hpp>
-
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <mra_session.hpp>
 #include <random>
 #include <thread>
-
-#include <CLI/CLI.hpp>
 
 namespace {
 
@@ -50,7 +48,8 @@ int main(int argc, char** argv) {
     const double load = Seconds(Clock::now() - opened);
     session.Validate();
     if (length == 0) length = session.max_length();
-    const std::vector<int64_t> shape = choices > 0 ? std::vector<int64_t>{batch, choices, length} : std::vector<int64_t>{batch, length};
+    const std::vector<int64_t> shape =
+        choices > 0 ? std::vector<int64_t>{batch, choices, length} : std::vector<int64_t>{batch, length};
     const mra::Ints ids = RandomTokens(session.vocab_size(), shape);
     for (int warm = 0; warm < 2; ++warm) session.Run(ids);
 

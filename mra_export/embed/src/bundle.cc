@@ -72,11 +72,13 @@ class Fields {
   std::string String(const char* name) { return AsString(Any(name), At(name)); }
   int64_t Int(const char* name) {
     const Json& value = Any(name);
+    if (value.is_string()) throw Invalid{At(name), "Input should be a valid integer, unable to parse string as an integer"};
     if (!value.is_number_integer()) throw Invalid{At(name), "Input should be a valid integer"};
     return value.get<int64_t>();
   }
   bool Bool(const char* name) {
     const Json& value = Any(name);
+    if (value.is_string()) throw Invalid{At(name), "Input should be a valid boolean, unable to interpret input"};
     if (!value.is_boolean()) throw Invalid{At(name), "Input should be a valid boolean"};
     return value.get<bool>();
   }

@@ -30,12 +30,13 @@ std::vector<int> Numbers(const std::string& version) {
 
 // As Python prints bytes.
 std::string BytesText(const std::string& bytes) {
-  std::string text = "b'";
+  const char quote = bytes.find('\'') != std::string::npos && bytes.find('"') == std::string::npos ? '"' : '\'';
+  std::string text = std::string("b") + quote;
   for (const char letter : bytes) {
     const auto code = static_cast<unsigned char>(letter);
     char escaped[5];
     std::snprintf(escaped, sizeof escaped, "\\x%02x", code);
-    if (letter == '\\' || letter == '\'') {
+    if (letter == '\\' || letter == quote) {
       text += std::string("\\") + letter;
     } else if (letter == '\n' || letter == '\r' || letter == '\t') {
       text += letter == '\n' ? "\\n" : letter == '\r' ? "\\r" : "\\t";
@@ -43,7 +44,7 @@ std::string BytesText(const std::string& bytes) {
       text += code < 0x20 || code >= 0x7f ? std::string(escaped) : std::string(1, letter);
     }
   }
-  return text + "'";
+  return text + quote;
 }
 
 struct Header {

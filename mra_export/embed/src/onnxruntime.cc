@@ -1,6 +1,7 @@
 // ONNX Runtime through its C API, in the words of mra_export/backends/onnx_runtime.py. Version 17 of the API, so that 1.17 and
 // everything newer will do.
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -14,6 +15,7 @@ namespace mra::embed {
 namespace {
 
 constexpr uint32_t kApiVersion = 17;
+constexpr const char* kLibraryVariable = "MRA_ONNXRUNTIME_LIBRARY";
 constexpr const char* kCuda = "CUDAExecutionProvider";
 constexpr const char* kBf16Refused =
     "ONNX Runtime's CPU provider has no bfloat16 MatMul: run this bundle with backend 'torch' or on a GPU (CUDA, TensorRT), "
@@ -37,7 +39,8 @@ class Api {
     static std::mutex mutex;
     static auto& known = *new std::map<std::string, std::shared_ptr<const Api>>();  // as the library, until the process ends
     const std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<const Api>& api = known[path];
+    const char* variable = std::getenv(kLibraryVariable);
+    std::shared_ptr<const Api>& api = known[path.empty() && variable != nullptr ? variable : path];
     if (api == nullptr) api.reset(new Api(path));
     return api;
   }
@@ -70,7 +73,7 @@ class Api {
  private:
   explicit Api(const std::string& path)
       : library_(
-            path, "MRA_ONNXRUNTIME_LIBRARY", {"libonnxruntime.so.1", "libonnxruntime.so"}, MRA_BACKEND_ERROR,
+            path, kLibraryVariable, {"libonnxruntime.so.1", "libonnxruntime.so"}, MRA_BACKEND_ERROR,
             "backend is 'onnxruntime', but onnxruntime is not installed",
             "install ONNX Runtime, or point MRA_ONNXRUNTIME_LIBRARY at its libonnxruntime.so; `mra-export doctor` shows the one "
             "of a Python installation") {

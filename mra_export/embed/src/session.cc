@@ -44,9 +44,35 @@ MraError* NoMemory() {
   return &error;
 }
 
+// Whoever binds the library decodes UTF-8; a path, or a parser that quotes what it read, may hold any bytes.
+std::string Utf8(const char* text) {
+  std::string valid;
+  while (*text != '\0') {
+    const auto first = static_cast<unsigned char>(*text);
+    const size_t size = first < 0x80                    ? 1
+                        : first >= 0xc2 && first < 0xe0 ? 2
+                        : first >= 0xe0 && first < 0xf0 ? 3
+                        : first < 0xf5 && first >= 0xf0 ? 4
+                                                        : 0;
+    size_t length = size > 0 ? 1 : 0;
+    while (length > 0 && length < size && (static_cast<unsigned char>(text[length]) & 0xc0) == 0x80) ++length;
+    const unsigned char second = size > 1 ? static_cast<unsigned char>(text[1]) : 0;
+    const bool overlong = (first == 0xe0 && second < 0xa0) || (first == 0xf0 && second < 0x90);
+    const bool outside = (first == 0xed && second > 0x9f) || (first == 0xf4 && second > 0x8f);  // surrogates; above U+10FFFF
+    if (length == 0 || length != size || overlong || outside) {
+      valid += '?';
+      ++text;
+    } else {
+      valid.append(text, size);
+      text += size;
+    }
+  }
+  return valid;
+}
+
 MraError* MakeError(MraErrorKind kind, const char* message) noexcept {
   try {
-    return new MraError{kind, message};
+    return new MraError{kind, Utf8(message)};
   } catch (...) {
     return NoMemory();
   }
