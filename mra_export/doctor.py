@@ -58,9 +58,9 @@ INT8_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready: versions, libraries (name -> absolute path or null), embedding (what a C or C++
-    build asks for: cmake_prefix and onnxruntime_library, a path or null), cpu, gpu, missing (name, needed_for, command, optional), and
-    problems, what is there but does not work."""
+    """JSON-ready: versions, libraries (name -> absolute path or null), embedding (for a C or C++ build: cmake_prefix and
+    onnxruntime_library, each a path or null), cpu, gpu, missing (name, needed_for, command, optional), and problems, what is there
+    but does not work."""
     found = {name: libraries.find(name) for name in LIBRARIES}
     return {
         "versions": versions(),
