@@ -113,7 +113,7 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
 
 
 def cpu() -> dict[str, Any]:
-    """The processor: model, machine, cpus, features (those that the kernels know), int8 (what multiplies 8-bit integers)."""
+    """model, machine, cpus, features (those that the kernels know), int8 (in words: what multiplies 8-bit integers)."""
     model, flags = platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -9,6 +9,8 @@
 #include <variant>
 #include <vector>
 
+#include "profiles.h"
+
 namespace mra::embed {
 
 constexpr int kSchemaVersion = 1;
@@ -28,10 +30,6 @@ struct TensorInfo {
 struct FileEntry {
   std::string sha256;
   uint64_t size;
-};
-
-struct Profile {
-  std::vector<int64_t> min, opt, max;  // of every input
 };
 
 struct Plugin {

@@ -6,8 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <limits>
-#include <tuple>
+#include <vector>
 
 #include "cuda_driver.h"
 #include "failure.h"
@@ -147,27 +146,7 @@ void CheckGpu(const Bundle& bundle, const EngineEntry& entry, int index) {
   }
 }
 
-int64_t Volume(const std::vector<int64_t>& shape) {
-  int64_t volume = 1;
-  for (const int64_t size : shape) volume *= size;
-  return volume;
-}
-
-std::string Describe(const std::vector<Profile>& profiles) {
-  std::vector<std::string> texts;
-  for (const Profile& profile : profiles) {
-    texts.push_back(ByX(profile.min) + " to " + ByX(profile.max) + " (best " + ByX(profile.opt) + ")");
-  }
-  return Joined(texts, " or ");
-}
-
 }  // namespace
-
-std::string ByX(const std::vector<int64_t>& shape) {
-  std::vector<std::string> sizes;
-  for (const int64_t size : shape) sizes.push_back(std::to_string(size));
-  return Joined(sizes, "x");
-}
 
 std::string Rebuild(const Bundle& bundle, const EngineEntry& entry) {
   return "mra-export engine " + bundle.path + " --backend " + entry.backend + (entry.plugin ? "" : " --no-plugin");
@@ -207,29 +186,6 @@ EngineEntry ChooseEngine(const Bundle& bundle, const std::optional<std::string>&
   std::string all = "none of the engines of " + bundle.path + " fits here.";
   for (const Failure& reason : reasons) all += std::string(" (") + reason.what() + ")";
   Refuse(all);
-}
-
-std::pair<int, std::vector<int64_t>> PickProfile(const std::vector<Profile>& profiles, const std::vector<int64_t>& shape) {
-  using Candidate = std::tuple<int64_t, int64_t, int, std::vector<int64_t>>;
-  std::optional<Candidate> best;
-  for (size_t index = 0; index < profiles.size(); ++index) {
-    const Profile& profile = profiles[index];
-    if (profile.min.size() != shape.size() || profile.max.size() != shape.size()) continue;
-    std::vector<int64_t> padded = shape;
-    bool inside = true;
-    for (size_t axis = 0; axis < shape.size(); ++axis) {
-      padded[axis] = std::max(shape[axis], profile.min[axis]);
-      inside = inside && padded[axis] <= profile.max[axis];
-    }
-    if (!inside) continue;
-    const Candidate candidate = {Volume(padded), std::abs(Volume(profile.opt) - Volume(shape)), static_cast<int>(index), padded};
-    if (!best || candidate < *best) best = candidate;
-  }
-  if (!best) {
-    throw Failure(MRA_CONTRACT_ERROR, "input_ids has shape " + ByX(shape) + ", the engine takes " + Describe(profiles) +
-                                          ": change the batch or the length, or build an engine with --max-shapes");
-  }
-  return {std::get<2>(*best), std::get<3>(*best)};
 }
 
 }  // namespace mra::embed

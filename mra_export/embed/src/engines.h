@@ -2,12 +2,9 @@
 #ifndef MRA_EMBED_ENGINES_H_
 #define MRA_EMBED_ENGINES_H_
 
-#include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "bundle.h"
 
@@ -25,17 +22,11 @@ using InstalledVersion = std::function<std::string(const std::string& backend)>;
 EngineEntry ChooseEngine(const Bundle& bundle, const std::optional<std::string>& file, bool allow_embedded_plugin, int device_index,
                          const InstalledVersion& installed);
 
-// The profile for a call of this shape, and the shape to run: the same, or padded up to the profile's minimum. Throws Failure
-// naming all profiles where none takes it.
-std::pair<int, std::vector<int64_t>> PickProfile(const std::vector<Profile>& profiles, const std::vector<int64_t>& shape);
-
 // The command that builds this engine again.
 std::string Rebuild(const Bundle& bundle, const EngineEntry& entry);
 
 // Refuses a file of the bundle whose hash is not the manifest's.
 void VerifyHash(const Bundle& bundle, const std::string& name, const std::string& sha256);
-
-std::string ByX(const std::vector<int64_t>& shape);  // "2x33"
 
 }  // namespace mra::embed
 

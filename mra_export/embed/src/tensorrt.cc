@@ -9,6 +9,7 @@
 #include "cuda_driver.h"
 #include "engines.h"
 #include "failure.h"
+#include "profiles.h"
 #include "sha256.h"
 #include "shared_library.h"
 
@@ -208,8 +209,8 @@ class TensorRt : public Backend {
     std::vector<Output> outputs;
     for (const std::string& name : outputs_) {
       const nvinfer1::Dims given = context.getTensorShape(name.c_str());
-      Output output = {name, Type(), {given.d, given.d + given.nbDims}, 1, nullptr};
-      for (const int64_t size : output.shape) output.elements *= static_cast<size_t>(size);
+      const std::vector<int64_t> has(given.d, given.d + given.nbDims);
+      const Output output = {name, Type(), has, static_cast<size_t>(Volume(has)), nullptr};
       const CudaDriver::Pointer pointer = slot->buffers[name].Hold(output.elements * item);
       context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(pointer));
       outputs.push_back(output);
@@ -233,21 +234,8 @@ class TensorRt : public Backend {
   static std::vector<int64_t> Padded(const std::vector<int64_t>& values, const std::vector<int64_t>& from,
                                      const std::vector<int64_t>& to) {
     if (from == to) return values;
-    size_t elements = 1;
-    for (const int64_t size : to) elements *= static_cast<size_t>(size);
-    std::vector<int64_t> padded(elements, 0);
-    const auto row = static_cast<size_t>(from.back());
-    for (size_t start = 0; start < values.size(); start += row) {
-      // The place of this row among the rows of the larger tensor.
-      size_t rest = start / row, place = 0, step = 1;
-      for (size_t axis = from.size() - 1; axis-- > 0;) {
-        place += rest % static_cast<size_t>(from[axis]) * step;
-        rest /= static_cast<size_t>(from[axis]);
-        step *= static_cast<size_t>(to[axis]);
-      }
-      std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(start), row,
-                  padded.begin() + static_cast<std::ptrdiff_t>(place * static_cast<size_t>(to.back())));
-    }
+    std::vector<int64_t> padded(static_cast<size_t>(Volume(to)), 0);
+    CopyCommon(values.data(), from, padded.data(), to, sizeof values[0]);
     return padded;
   }
 
@@ -264,19 +252,9 @@ class TensorRt : public Backend {
       }
     }
     if (wanted == output->shape) return;
-    size_t elements = 1;
-    for (const int64_t size : wanted) elements *= static_cast<size_t>(size);
+    const auto elements = static_cast<size_t>(Volume(wanted));
     const std::shared_ptr<char> kept(new char[elements * item], std::default_delete<char[]>());
-    const auto* from = static_cast<const char*>(output->data.get());
-    for (size_t element = 0; element < elements; ++element) {
-      size_t rest = element, place = 0, step = 1;
-      for (size_t axis = wanted.size(); axis-- > 0;) {
-        place += rest % static_cast<size_t>(wanted[axis]) * step;
-        rest /= static_cast<size_t>(wanted[axis]);
-        step *= static_cast<size_t>(output->shape[axis]);
-      }
-      std::copy_n(from + place * item, item, kept.get() + element * item);
-    }
+    CopyCommon(output->data.get(), output->shape, kept.get(), wanted, item);
     *output = {output->name, output->type, wanted, elements, kept};
   }
 
