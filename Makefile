@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(shell find mra_export/plugins -type f -not -name '*.py')
+SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -path '*/examples/*')
 OLD := .downloads
 NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
@@ -62,11 +62,11 @@ $(OLD)/%: tests/deploy/%.txt .venv/packages
 
 lint: .venv/installed ## ruff, mypy and clang-format.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)
+	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.hpp' 'examples/*.cc' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)
 
 format: .venv/installed ## Rewrite the sources in the project's style.
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	@$(BIN)/clang-format -i $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)
+	@$(BIN)/clang-format -i $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.hpp' 'examples/*.cc' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)
 
 bench: .venv/installed ## The CPU attention kernel beside torch's own attention.
 	@$(BIN)/python benchmarks/cpu_attention.py

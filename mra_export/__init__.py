@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mra_export.bundle import Bundle
+    from mra_export.libraries import cmake_prefix, onnxruntime_library
     from mra_export.model import (
         MraConfig,
         MraForMaskedLM,
@@ -31,6 +32,8 @@ _HOME = {
     "MraForTokenClassification": "mra_export.model",
     "MraModel": "mra_export.model",
     "MraRuntime": "mra_export.runtime",
+    "cmake_prefix": "mra_export.libraries",
+    "onnxruntime_library": "mra_export.libraries",
 }
 __all__ = [
     "Bundle",
@@ -42,6 +45,8 @@ __all__ = [
     "MraForTokenClassification",
     "MraModel",
     "MraRuntime",
+    "cmake_prefix",
+    "onnxruntime_library",
 ]
 
 

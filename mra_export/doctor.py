@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LIBRARIES = {
     "kernels": "the operator for PyTorch on a CPU (the plain reference runs without it, slower)",
     "ort_ops": "the operator for ONNX Runtime; exporting bundles",
     "trt_plugin": "the operator for TensorRT engines",
+    "session": "C and C++ programs that run bundles",
 }
 """Name for libraries.find -> what needs it."""
 
@@ -57,17 +59,26 @@ INT8_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready: versions, libraries (name -> absolute path or null), cpu, gpu, missing (name, needed_for, command, optional), and
-    problems, what is there but does not work."""
+    """JSON-ready: versions, libraries (name -> absolute path or null), embedding (for a C or C++ build: cmake_prefix and
+    onnxruntime_library, each a path or null), cpu, gpu, missing (name, needed_for, command, optional), and problems, what is there
+    but does not work."""
     found = {name: libraries.find(name) for name in LIBRARIES}
     return {
         "versions": versions(),
         "libraries": {name: None if path is None else str(Path(path).absolute()) for name, path in found.items()},
+        "embedding": {"cmake_prefix": _place(libraries.cmake_prefix), "onnxruntime_library": _place(libraries.onnxruntime_library)},
         "cpu": cpu(),
         "gpu": gpus(),
         "missing": _missing(found),
         "problems": _problems(found),
     }
+
+
+def _place(find: Callable[[], Path]) -> str | None:
+    try:
+        return str(find())
+    except PluginLoadError:
+        return None
 
 
 def _problems(found: dict[str, Path | None]) -> list[str]:
@@ -91,7 +102,7 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
     missing: list[dict[str, Any]] = []
     for name, path in found.items():
         if path is None:
-            optional = name == "trt_plugin"
+            optional = name in ("trt_plugin", "session")
             missing.append({"name": name, "needed_for": LIBRARIES[name], "command": libraries.GET[name], "optional": optional})
     for name, purpose in _PACKAGES.items():
         if find_spec(name) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from mra_export.errors import PluginLoadError
 DIRECTORY_VARIABLE = "MRA_EXPORT_LIBRARY_DIR"
 """Environment variable: a folder to take the libraries from instead of the installed package's lib/."""
 
-FILES = {"kernels": "libmra_attention.so", "ort_ops": "libmra_ort.so", "trt_plugin": "libmra_trt.so"}
+FILES = {
+    "kernels": "libmra_attention.so",
+    "ort_ops": "libmra_ort.so",
+    "trt_plugin": "libmra_trt.so",
+    "session": "libmra_session.so",
+}
 """Name of a library -> its file."""
 
 _GET_CPU = "`pip install .` in the repository (`pip install -e .` to work on it) with a C++17 compiler (GCC 11, Clang 14 or newer)"
@@ -19,6 +25,7 @@ GET = {
     "kernels": _GET_CPU,
     "ort_ops": _GET_CPU,
     "trt_plugin": "`pip install .` in the repository with an nvcc on PATH (or CUDACXX set) and TensorRT's headers (TENSORRT_ROOT)",
+    "session": "`pip install .` in the repository with nlohmann-json (Debian, Ubuntu: apt install nlohmann-json3-dev)",
 }
 """Name of a library -> the command that gets it."""
 
@@ -37,7 +44,7 @@ def _folders() -> list[Path]:
 
 
 def find(name: str) -> Path | None:
-    """The absolute path of a library ("kernels", "ort_ops" or "trt_plugin"), or None where it was not built."""
+    """The absolute path of a library ("kernels", "ort_ops", "trt_plugin" or "session"), or None where it was not built."""
     file = _file(name)
     for folder in _folders():
         path = folder / file
@@ -55,3 +62,31 @@ def require(name: str) -> Path:
             f"{_file(name)} is not in {places}: build it with {GET[name]}, or point {DIRECTORY_VARIABLE} at its folder"
         )
     return path
+
+
+def cmake_prefix() -> Path:
+    """For CMAKE_PREFIX_PATH of find_package(MraExport): the folder that holds include/ and lib/ of this installation.
+
+    Raises PluginLoadError where there is none.
+    """
+    config = Path("cmake", "MraExport", "MraExportConfig.cmake")
+    folders = [Path(entry) / "lib" for entry in mra_export.__path__]
+    for folder in folders:
+        if (folder / config).is_file():
+            return folder.parent.resolve()
+    places = ", ".join(str(folder) for folder in folders)
+    raise PluginLoadError(f"{config} is not in {places}: install mra_export with {_GET_CPU}")
+
+
+def onnxruntime_library() -> Path:
+    """libonnxruntime.so of the installed Python package, for C and C++ programs: MRA_ONNXRUNTIME_LIBRARY. Nothing is loaded.
+
+    Raises PluginLoadError where the package is missing or brings none.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        raise PluginLoadError("onnxruntime is not installed: pip install onnxruntime")
+    folder = Path(spec.origin).parent / "capi"
+    for path in sorted(folder.glob("libonnxruntime.so*")):
+        return path.resolve()
+    raise PluginLoadError(f"{folder} holds no libonnxruntime.so: install a newer onnxruntime, or ONNX Runtime's own C library")

@@ -21,11 +21,12 @@ def examine() -> dict:
 def test_it_names_versions_libraries_and_processor() -> None:
     facts = examine()
     assert {"python", "torch", "onnx", "onnxruntime", "transformers"} <= set(facts["versions"])
-    assert set(facts["libraries"]) == {"kernels", "ort_ops", "trt_plugin"}
+    assert set(facts["libraries"]) == {"kernels", "ort_ops", "trt_plugin", "session"}
     for name, path in facts["libraries"].items():
         found = libraries.find(name)
         assert path == (None if found is None else str(found))
         assert path is None or (Path(path).is_absolute() and Path(path).is_file())
+    assert Path(facts["embedding"]["cmake_prefix"], "lib/cmake/MraExport/MraExportConfig.cmake").is_file()
     assert facts["cpu"]["cpus"] >= 1
     assert facts["problems"] == []
 
@@ -33,11 +34,11 @@ def test_it_names_versions_libraries_and_processor() -> None:
 def test_a_library_that_is_missing_comes_with_the_command_that_gets_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(tmp_path))
     facts = examine()
-    assert facts["libraries"] == {"kernels": None, "ort_ops": None, "trt_plugin": None}
+    assert facts["libraries"] == {"kernels": None, "ort_ops": None, "trt_plugin": None, "session": None}
     missing = {entry["name"]: entry for entry in facts["missing"]}
-    for name in ("kernels", "ort_ops", "trt_plugin"):
+    for name in ("kernels", "ort_ops", "trt_plugin", "session"):
         assert "pip install" in missing[name]["command"]
-        assert missing[name]["optional"] is (name == "trt_plugin")
+        assert missing[name]["optional"] is (name in ("trt_plugin", "session"))
     plain = CliRunner().invoke(main, ["doctor"])
     assert plain.exit_code == 0
     assert "not built" in plain.stdout

@@ -40,6 +40,7 @@ def build() -> Path:
     configure = [
         *("cmake", "-G", "Ninja", "-S", "mra_export/plugins", "-B", str(BUILD)),
         *("--toolchain", "cmake/aarch64-linux-gnu.cmake", "-DMRA_BUILD_TESTS=ON", "-DMRA_WARNINGS_AS_ERRORS=ON"),
+        "-DMRA_BUILD_SESSION=OFF",
     ]
     with alone():
         for command in (configure, ["cmake", "--build", str(BUILD)]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -44,5 +45,25 @@ def test_directory_variable_wins_over_the_package(tmp_path: Path, monkeypatch: p
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="'ort' is unknown: use one of kernels, ort_ops, trt_plugin"):
+    with pytest.raises(ValueError, match="'ort' is unknown: use one of kernels, ort_ops, trt_plugin, session"):
         libraries.find("ort")
+
+
+def test_what_a_c_build_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (libraries.cmake_prefix() / "include" / "mra_attention.h").is_file()
+    assert mra_export.cmake_prefix() == libraries.cmake_prefix()
+    monkeypatch.setattr(mra_export, "__path__", [str(tmp_path)])
+    with pytest.raises(PluginLoadError, match=r"MraExportConfig.cmake is not in .*: install mra_export with"):
+        libraries.cmake_prefix()
+
+
+def test_the_onnxruntime_of_python_is_found_without_loading_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert libraries.onnxruntime_library().name.startswith("libonnxruntime.so")
+    spec = importlib.util.spec_from_loader("onnxruntime", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(PluginLoadError, match=r"capi holds no libonnxruntime.so: install a newer onnxruntime"):
+        libraries.onnxruntime_library()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PluginLoadError, match="onnxruntime is not installed: pip install onnxruntime"):
+        libraries.onnxruntime_library()
