@@ -40,8 +40,8 @@ class RayOptions(BaseModel):
     """What `serve run` takes as name=value.
 
     bundle: its folder, the same on every machine. name: the model's in URLs. replicas: copies of the model, or with max_replicas
-    the least of them, the rest as load demands. num_cpus, num_gpus: of one replica; its threads are num_cpus. backend, device: as
-    for MraRuntime.load. max_batch_size, max_delay_ms: as for BatchingRuntime. max_queue: requests that may wait for a replica.
+    the least of them, more as load demands. num_cpus, num_gpus: of one replica; its threads are num_cpus. backend, device: as for
+    MraRuntime.load. max_batch_size, max_delay_ms: as for BatchingRuntime. max_queue: requests that may wait for a replica.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -30,7 +30,7 @@ class KServe:
         self._kubernetes = {name.rsplit(".", 1)[1]: name for name in definitions if name.startswith("io.k8s.api.core.v1.")}
 
     def problems(self, value: Any, kind: str, check_kubernetes: Any, path: str = "") -> list[str]:
-        """What in `value` is not of this kind. check_kubernetes(definition, value) -> messages, for what KServe takes of it."""
+        """What in `value` is not of this kind. check_kubernetes(definition, value) -> messages, for what is Kubernetes' own."""
         if kind.startswith("list["):
             if not isinstance(value, list):
                 return [f"{path} is no list"]

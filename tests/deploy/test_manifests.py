@@ -1,4 +1,4 @@
-"""examples/deploy: no container engine or cluster is here: its files are checked by linter, schemas and our own command line."""
+"""examples/deploy: no container engine and no cluster is here: its files are checked by linter, schemas and our own commands."""
 
 from __future__ import annotations
 
