@@ -86,7 +86,7 @@ def test_pytorch_model_bin_of_transformers_4_37(task: str, tmp_path: Path, tiny_
 @pytest.mark.slow
 def test_the_oldest_supported_transformers(tmp_path: Path) -> None:
     old = os.environ.get("MRA_TEST_TRANSFORMERS_OLD")
-    if not old:
+    if not old or not Path(old).is_dir():
         pytest.skip("MRA_TEST_TRANSFORMERS_OLD names no folder with an old transformers")
     script = Path(__file__).with_name("old_transformers.py")
     package = Path(__file__).parents[2]
