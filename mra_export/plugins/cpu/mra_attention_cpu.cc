@@ -56,8 +56,8 @@ struct Plan {
   Problem problem;
   int64_t own_heads;  // heads that one worker does alone, of all B * H; the rest are shared
   int64_t num_workers;
-  Bundle* own;                     // (num_workers)
-  Bundle shared;                   // for so many of them at a time
+  Bundle* own;                     // (num_workers): one head each
+  Bundle shared;                   // the last heads
   std::atomic<int64_t>* selected;  // (shared.heads): 1 where selected
   size_t bytes;
 };
