@@ -19,6 +19,7 @@ LIBRARIES = {
     "kernels": "the operator for PyTorch on a CPU (the plain reference runs without it, slower)",
     "ort_ops": "the operator for ONNX Runtime; exporting bundles",
     "trt_plugin": "the operator for TensorRT engines",
+    "trt_register": "serving TensorRT engines with Triton's own tensorrt backend",
     "session": "C and C++ programs that run bundles",
 }
 """Name for libraries.find -> what needs it."""
@@ -102,7 +103,7 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
     missing: list[dict[str, Any]] = []
     for name, path in found.items():
         if path is None:
-            optional = name in ("trt_plugin", "session")
+            optional = name in ("trt_plugin", "trt_register", "session")
             missing.append({"name": name, "needed_for": LIBRARIES[name], "command": libraries.GET[name], "optional": optional})
     for name, purpose in _PACKAGES.items():
         if find_spec(name) is None:

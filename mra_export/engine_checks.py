@@ -10,7 +10,7 @@ from mra_export.bundle import Bundle, file_entry
 from mra_export.contract import PLUGIN_NAME, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from mra_export.errors import BundleError, EngineError, MraExportError, PluginLoadError
 from mra_export.gpu import Gpu
-from mra_export.plan import EngineEntry, entries, read_header
+from mra_export.plan import EngineEntry, Plugin, entries, read_header
 
 
 def choose_engine(
@@ -75,6 +75,15 @@ def check_files(bundle: Bundle, entry: EngineEntry, allow_embedded_plugin: bool)
                 f"where it comes from, or build it without --embed-plugin: mra-export engine {bundle.path}"
             )
         return
+    check_plugin_library(bundle, entry, plugin)
+
+
+def check_plugin_library(bundle: Bundle, entry: EngineEntry, plugin: Plugin) -> Path:
+    """The file of the plugin library that an engine needs beside it, the very build that the engine was built with.
+
+    Raises PluginLoadError (it is missing), BundleError (altered) or EngineError (of another build).
+    """
+    again = rebuild(bundle, entry)
     if plugin.library not in bundle.manifest.files:
         raise PluginLoadError(f"{bundle.path} holds no {plugin.library}, which {entry.file} needs: {again}")
     library = bundle.file(plugin.library)
@@ -82,7 +91,9 @@ def check_files(bundle: Bundle, entry: EngineEntry, allow_embedded_plugin: bool)
         raise PluginLoadError(f"{library} is missing, {entry.file} needs it: {again}")
     verify_hash(bundle, plugin.library, file_entry(library).sha256)
     if bundle.manifest.files[plugin.library].sha256 != plugin.sha256:
-        raise EngineError(f"{path} was built with another {plugin.library} (sha256 {plugin.sha256[:16]}...): {again}")
+        engine = bundle.file(entry.file)
+        raise EngineError(f"{engine} was built with another {plugin.library} (sha256 {plugin.sha256[:16]}...): {again}")
+    return library
 
 
 def verify_hash(bundle: Bundle, name: str, sha256: str) -> None:

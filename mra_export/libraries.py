@@ -16,6 +16,7 @@ FILES = {
     "kernels": "libmra_attention.so",
     "ort_ops": "libmra_ort.so",
     "trt_plugin": "libmra_trt.so",
+    "trt_register": "libmra_trt_register.so",
     "session": "libmra_session.so",
 }
 """Name of a library -> its file."""
@@ -25,6 +26,7 @@ GET = {
     "kernels": _GET_CPU,
     "ort_ops": _GET_CPU,
     "trt_plugin": "`pip install .` in the repository with an nvcc on PATH (or CUDACXX set) and TensorRT's headers (TENSORRT_ROOT)",
+    "trt_register": _GET_CPU,
     "session": "`pip install .` in the repository with nlohmann-json (Debian, Ubuntu: apt install nlohmann-json3-dev)",
 }
 """Name of a library -> the command that gets it."""
@@ -44,7 +46,7 @@ def _folders() -> list[Path]:
 
 
 def find(name: str) -> Path | None:
-    """The absolute path of a library ("kernels", "ort_ops", "trt_plugin" or "session"), or None where it was not built."""
+    """The absolute path of a library (a key of FILES, such as "kernels"), or None where it was not built."""
     file = _file(name)
     for folder in _folders():
         path = folder / file

@@ -21,7 +21,7 @@ def examine() -> dict:
 def test_it_names_versions_libraries_and_processor() -> None:
     facts = examine()
     assert {"python", "torch", "onnx", "onnxruntime", "transformers"} <= set(facts["versions"])
-    assert set(facts["libraries"]) == {"kernels", "ort_ops", "trt_plugin", "session"}
+    assert set(facts["libraries"]) == set(libraries.FILES)
     for name, path in facts["libraries"].items():
         found = libraries.find(name)
         assert path == (None if found is None else str(found))
@@ -34,11 +34,11 @@ def test_it_names_versions_libraries_and_processor() -> None:
 def test_a_library_that_is_missing_comes_with_the_command_that_gets_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(tmp_path))
     facts = examine()
-    assert facts["libraries"] == {"kernels": None, "ort_ops": None, "trt_plugin": None, "session": None}
+    assert facts["libraries"] == dict.fromkeys(libraries.FILES)
     missing = {entry["name"]: entry for entry in facts["missing"]}
-    for name in ("kernels", "ort_ops", "trt_plugin", "session"):
+    for name in libraries.FILES:
         assert "pip install" in missing[name]["command"]
-        assert missing[name]["optional"] is (name in ("trt_plugin", "session"))
+        assert missing[name]["optional"] is (name in ("trt_plugin", "trt_register", "session"))
     plain = CliRunner().invoke(main, ["doctor"])
     assert plain.exit_code == 0
     assert "not built" in plain.stdout

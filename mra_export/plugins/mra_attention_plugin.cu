@@ -1,7 +1,8 @@
 // TensorRT plugin MraAttention, version "1", namespace "": an IPluginV3 around mra_attention_cuda. The operator: docs/operator.md.
 //
 // The library exports getCreators and setLoggerFinder and nothing else; TensorRT registers the creator when it loads the library
-// (IPluginRegistry::loadLibrary). It never calls into TensorRT itself, so one build serves TensorRT 10, 11 and TensorRT-RTX.
+// (IPluginRegistry::loadLibrary; tensorrt/mra_attention_register.cc calls that in servers that do not). It never calls into
+// TensorRT itself, so one build serves TensorRT 10, 11 and TensorRT-RTX.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 

@@ -1,7 +1,8 @@
 """From a bundle to a model repository of Triton Inference Server, for its onnxruntime, tensorrt or python backend.
 
 REPO/README.md  mra-repository.json
-REPO/<name>/config.pbtxt  warmup/  1/model.onnx and the op library, or 1/model.plan, or 1/model.py and the bundle
+REPO/<name>/config.pbtxt  warmup/  1/model.onnx and the op library, or 1/model.plan and the plugin's two libraries, or 1/model.py
+    and the bundle
 REPO/<name>-tokenizer/, REPO/<name>-text/    with `tokenizer`: an ensemble from text to the model's outputs
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mra_export import plan, profiles
+from mra_export import libraries, plan, profiles
 from mra_export.bundle import (
     GOLDEN,
     MODEL,
@@ -158,6 +159,8 @@ def write_repository(
                 shutil.copyfile(bundle.file(name), version / Path(name).name)
         elif entry is not None and options.backend == "tensorrt":
             shutil.copyfile(bundle.file(entry.file), version / "model.plan")
+            for library in _plugin_libraries(bundle, entry):
+                shutil.copyfile(library, version / library.name)
         else:
             for name in (BUNDLE_MANIFEST, *bundle.manifest.files):
                 copy = version / BUNDLE / name
@@ -171,7 +174,9 @@ def write_repository(
             configs.update(_text_models(bundle, options, config, folder))
         for name, content in configs.items():
             (folder / name / "config.pbtxt").write_text(pbtxt.dumps(content), encoding="utf-8")
-        (folder / "README.md").write_text(readme(bundle, options, entry, list(configs)), encoding="utf-8")
+        register = libraries.FILES["trt_register"]
+        opened = PurePosixPath(options.mount, options.name, VERSION, register) if (version / register).exists() else None
+        (folder / "README.md").write_text(readme(bundle, options, entry, list(configs), opened), encoding="utf-8")
         repository = Repository(bundle=str(bundle.path), backend=options.backend, models=list(configs), files=list_files(folder))
         write_manifest(folder, repository, MANIFEST)
         progress(f"publish {target}")
@@ -233,7 +238,7 @@ def _check_engine(bundle: Bundle, options: TritonOptions) -> plan.EngineEntry:
         raise BackendError(f"device is {options.where!r}: Triton's tensorrt backend runs on device 'cuda' only")
     everything = plan.entries(bundle)
     fitting = [row for row in everything if row.backend == "tensorrt"]
-    build = f"build one with `mra-export engine {bundle.path} --backend tensorrt --embed-plugin` on a machine with the server's GPU"
+    build = f"build one with `mra-export engine {bundle.path} --backend tensorrt` on a machine with the server's GPU"
     if not fitting:
         if everything:
             raise EngineError(
@@ -248,11 +253,7 @@ def _check_engine(bundle: Bundle, options: TritonOptions) -> plan.EngineEntry:
     if len(wanted) > 1:
         raise EngineError(f"{bundle.path} has {len(wanted)} TensorRT engines: pass one of {names} as --engine")
     entry = wanted[0]
-    if entry.plugin is not None and not entry.plugin.embedded:
-        raise EngineError(
-            f"{entry.file} needs its plugin library beside it. Triton's tensorrt backend only opens such libraries and never asks "
-            f"them for their plugins, so the engine would not load: {build}"
-        )
+    _plugin_libraries(bundle, entry)
     largest = max(next(iter(profile.values()))["max"][0] for profile in entry.profiles)
     if options.max_batch_size is not None and options.max_batch_size > largest:
         raise EngineError(
@@ -260,6 +261,15 @@ def _check_engine(bundle: Bundle, options: TritonOptions) -> plan.EngineEntry:
             f"{largest} or less, or build an engine with --max-shapes"
         )
     return entry
+
+
+def _plugin_libraries(bundle: Bundle, entry: plan.EngineEntry) -> tuple[Path, ...]:
+    """What an engine needs beside it: its plugin, and the library that registers the plugin for a server that only opens it."""
+    from mra_export.engine_checks import check_plugin_library
+
+    if entry.plugin is None or entry.plugin.embedded:
+        return ()
+    return check_plugin_library(bundle, entry, entry.plugin), libraries.require("trt_register")
 
 
 def _model_config(bundle: Bundle, options: TritonOptions, entry: plan.EngineEntry | None) -> Config:

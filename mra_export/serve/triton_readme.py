@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,14 @@ IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
 _PORTS = "-p 8000:8000 -p 8001:8001 -p 8002:8002"
 
 
-def readme(bundle: Bundle, options: TritonOptions, entry: EngineEntry | None, models: list[str]) -> str:
-    """Markdown. models: names, the model first, then the tokenizer and the ensemble where there are."""
+def readme(
+    bundle: Bundle, options: TritonOptions, entry: EngineEntry | None, models: list[str], register: PurePosixPath | None
+) -> str:
+    """Markdown.
+
+    models: names, the model first, then the tokenizer and the ensemble where there are. register: where the server sees the library
+    that registers the engine's plugin, None where the engine needs none.
+    """
     manifest = bundle.manifest
     image, extra = IMAGE, ""
     notes = []
@@ -35,12 +42,23 @@ def readme(bundle: Bundle, options: TritonOptions, entry: EngineEntry | None, mo
             f"`<release>`: one whose TensorRT is {entry.builder}, which built the engine. It is for compute capability {gpu} and "
             f"takes {profiles.describe(entry.profiles)}."
         )
-        if entry.plugin is not None:
+        if entry.plugin is not None and entry.plugin.embedded:
             extra = " --backend-config=tensorrt,version-compatible=true"
             notes.append(
                 "`version-compatible=true` lets engines bring code, which is how this one brings its attention plugin. It holds "
                 "for every engine of that server: start it on engines that you trust."
             )
+        if register is not None:
+            extra = f" --backend-config=tensorrt,plugins={register}"
+            notes += [
+                f"`plugins=` has Triton open `{register.name}`, which registers the attention plugin, from the library beside it: "
+                f"mount the repository at `{options.mount}`, or write it again with `--mount`. Several libraries go into one such "
+                "option, in quotes and with `;` between them. Both need a C library as new as that of the machine that built them.",
+                "`LD_PRELOAD` does the same, where the server's options are not yours to choose; every process that the server "
+                f"starts then loads TensorRT as well: `env LD_PRELOAD={register} tritonserver --model-repository={options.mount}`",
+                f"Where the plugin cannot be registered, one line on stderr that begins with `{register.stem}` says "
+                "why, and the model does not load.",
+            ]
     if options.backend == "python" or len(models) > 1:
         image = "mra-triton"
         notes.append(

@@ -11,37 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from engines import rewrite, state
+from engines import ENGINE, PLAN, bring_plugin, rewrite, state, with_engines
 
+from mra_export import libraries
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.cli import main
-from mra_export.errors import BackendError, BundleError, ContractError, EngineError
+from mra_export.errors import BackendError, BundleError, ContractError, EngineError, PluginLoadError
 from mra_export.serve import pbtxt
 from mra_export.serve.triton import MANIFEST, TritonOptions, write_repository
-
-PLAN = "engines/tensorrt-10.14.1.48-sm90-fp32.plan"
-ENGINE: dict[str, Any] = {
-    "file": PLAN,
-    "backend": "tensorrt",
-    "builder": "10.14.1.48",
-    "dtype": "fp32",
-    "profiles": [
-        {name: {"min": [1, 1], "opt": [1, 64], "max": [2, 64]} for name in ("input_ids", "attention_mask")},
-        {name: {"min": [1, 65], "opt": [4, 256], "max": [16, 256]} for name in ("input_ids", "attention_mask")},
-    ],
-    "plugin_layers": 2,
-    "plugin": {
-        "name": "MraAttention",
-        "version": "1",
-        "namespace": "",
-        "library": "lib/libmra_trt.so",
-        "sha256": "0" * 64,
-        "embedded": True,
-    },
-    "compute_capabilities": ["9.0"],
-    "driver": "13.0",
-    "options": {},
-}
 
 
 def model_config(file: Path) -> Any:
@@ -54,14 +31,6 @@ def model_config(file: Path) -> Any:
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["triton", *map(str, arguments)])
-
-
-def with_engines(bundles, folder: Path, *rows: dict[str, Any]) -> Bundle:
-    shutil.copytree(bundles("fp32"), folder)
-    (folder / "engines").mkdir()
-    for row in rows:
-        (folder / row["file"]).write_bytes(b"a plan")
-    return rewrite(folder, *(row["file"] for row in rows), engines=list(rows))
 
 
 # What is written
@@ -127,7 +96,9 @@ def test_onnx_runtime_gets_graph_and_op_library(bundles, tmp_path) -> None:
 
 
 def test_tensorrt_gets_the_engine_its_profiles_and_its_batch(bundles, tmp_path) -> None:
-    bundle = with_engines(bundles, tmp_path / "bundle", ENGINE, {**ENGINE, "file": "engines/rtx.plan", "backend": "tensorrt-rtx"})
+    bundle = with_engines(
+        bundles("fp32"), tmp_path / "bundle", ENGINE, {**ENGINE, "file": "engines/rtx.plan", "backend": "tensorrt-rtx"}
+    )
     write_repository(bundle, tmp_path / "repository", TritonOptions("tensorrt"))
     config = model_config(tmp_path / "repository" / "mra" / "config.pbtxt")
     assert (tmp_path / "repository" / "mra" / "1" / config.default_model_filename).read_bytes() == b"a plan"
@@ -140,11 +111,49 @@ def test_tensorrt_gets_the_engine_its_profiles_and_its_batch(bundles, tmp_path) 
     assert "10.14.1.48" in readme
     assert "--gpus all" in readme
 
+    files = {path.name for path in (tmp_path / "repository" / "mra" / "1").iterdir()}
+    assert files == {"model.plan"}, "the plan brings its plugin"
+    assert "plugins=" not in readme
+
     narrow = {**ENGINE, "profiles": ENGINE["profiles"][1:], "plugin": None, "plugin_layers": 0}
     write_repository(rewrite(tmp_path / "bundle", PLAN, engines=[narrow]), tmp_path / "narrow", TritonOptions("tensorrt"))
     config = model_config(tmp_path / "narrow" / "mra" / "config.pbtxt")
     assert [sample.inputs["input_ids"].dims[0] for sample in config.model_warmup] == [100, 256], "shapes the engine takes"
-    assert "version-compatible" not in (tmp_path / "narrow" / "README.md").read_text()
+    readme = (tmp_path / "narrow" / "README.md").read_text()
+    assert "version-compatible" not in readme
+    assert "plugins=" not in readme
+
+
+def test_an_engine_that_needs_its_plugin_gets_it_and_what_registers_it(bundles, tmp_path) -> None:
+    bundle = bring_plugin(with_engines(bundles("fp32"), tmp_path / "bundle"), b"a plugin library")
+    write_repository(bundle, tmp_path / "repository", TritonOptions("tensorrt", name="tiny", mount="/srv/models"))
+    version = tmp_path / "repository" / "tiny" / "1"
+    assert {path.name for path in version.iterdir()} == {"model.plan", "libmra_trt.so", "libmra_trt_register.so"}
+    assert (version / "libmra_trt.so").read_bytes() == b"a plugin library"
+    assert (version / "libmra_trt_register.so").read_bytes() == libraries.require("trt_register").read_bytes()
+    readme = (tmp_path / "repository" / "README.md").read_text()
+    path = "/srv/models/tiny/1/libmra_trt_register.so"
+    assert readme.count(f"tritonserver --model-repository=/srv/models --backend-config=tensorrt,plugins={path}\n```") == 2
+    assert f"`env LD_PRELOAD={path} tritonserver --model-repository=/srv/models`" in readme
+    assert "version-compatible" not in readme
+
+
+def test_a_plugin_that_is_missing_or_of_another_build_is_refused(bundles, tmp_path, monkeypatch) -> None:
+    bundle = bring_plugin(with_engines(bundles("fp32"), tmp_path / "bundle"), b"a plugin library")
+    target = tmp_path / "repository"
+    with monkeypatch.context() as patch:
+        patch.setenv(libraries.DIRECTORY_VARIABLE, str(tmp_path))
+        with pytest.raises(PluginLoadError, match=r"libmra_trt_register\.so is not in .*pip install"):
+            write_repository(bundle, target, TritonOptions("tensorrt"))
+    (bundle.path / "lib" / "libmra_trt.so").write_bytes(b"another library.")
+    with pytest.raises(BundleError, match=r"libmra_trt\.so is altered"):
+        write_repository(bundle, target, TritonOptions("tensorrt"))
+    with pytest.raises(EngineError, match=r"was built with another lib/libmra_trt\.so .*mra-export engine"):
+        write_repository(rewrite(bundle.path), target, TritonOptions("tensorrt"))
+    (bundle.path / "lib" / "libmra_trt.so").unlink()
+    with pytest.raises(PluginLoadError, match=r"holds no lib/libmra_trt\.so, which .* needs: mra-export engine"):
+        write_repository(rewrite(bundle.path), target, TritonOptions("tensorrt"))
+    assert not target.exists()
 
 
 def test_the_ensemble_joins_tokenizer_and_model(bundles, tmp_path) -> None:
@@ -245,14 +254,13 @@ def test_a_bundle_that_does_not_fit_is_refused_and_nothing_is_left(bundles, tmp_
     ("rows", "options", "message"),
     [
         ([{"backend": "tensorrt-rtx"}], {}, "TensorRT-RTX engines only"),
-        ([{"plugin": {**ENGINE["plugin"], "embedded": False}}], {}, "--embed-plugin"),
         ([{}, {"file": "engines/b.plan"}], {}, "has 2 TensorRT engines: pass one of"),
         ([{}], {"engine": "c.plan"}, "no TensorRT engine c.plan"),
         ([{}], {"max_batch_size": 17}, "pass 16 or less"),
     ],
 )
 def test_engines_that_do_not_fit(bundles, tmp_path, rows, options, message) -> None:
-    bundle = with_engines(bundles, tmp_path / "bundle", *({**ENGINE, **row} for row in rows))
+    bundle = with_engines(bundles("fp32"), tmp_path / "bundle", *({**ENGINE, **row} for row in rows))
     with pytest.raises(EngineError, match=message):
         write_repository(bundle, tmp_path / "repository", TritonOptions("tensorrt", **options))
 

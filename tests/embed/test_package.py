@@ -118,6 +118,7 @@ def test_a_component_that_was_not_built_is_named(tmp_path) -> None:
     assert done.returncode != 0
     assert "engines" in done.stderr
     targets = (libraries.cmake_prefix() / "lib/cmake/MraExport/MraExportTargets.cmake").read_text()
+    assert "MraExport::trt_register" in targets
     assert ("MraExport::trt_plugin" in targets) is (libraries.find("trt_plugin") is not None)
 
 

@@ -45,7 +45,7 @@ def test_directory_variable_wins_over_the_package(tmp_path: Path, monkeypatch: p
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="'ort' is unknown: use one of kernels, ort_ops, trt_plugin, session"):
+    with pytest.raises(ValueError, match="'ort' is unknown: use one of kernels, ort_ops, trt_plugin, trt_register, session"):
         libraries.find("ort")
 
 
