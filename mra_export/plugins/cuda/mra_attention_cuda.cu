@@ -1,6 +1,9 @@
 // C entry points of the CUDA kernels: checks, workspace, launches. Design and cost: docs/kernels-cuda.md.
+#include <initializer_list>
+
 #include "mra_attention.h"
 #include "mra_attention_attend.cuh"
+#include "mra_attention_attend_mma.cuh"
 #include "mra_attention_device.cuh"
 #include "mra_attention_layout.h"
 #include "mra_attention_pool.cuh"
@@ -48,6 +51,14 @@ Problem MakeProblem(const MraAttentionParams& params, const Layout& layout, void
   return p;
 }
 
+// Whether every head's rows begin at multiples of 16 bytes in all of these tensors.
+bool AllowVectorLoads(const MraAttentionParams& params, std::initializer_list<const void*> tensors) {
+  const int bytes = params.dtype == MRA_FLOAT32 ? 4 : 2;
+  bool aligned = params.head_size * bytes % kVectorBytes == 0;
+  for (const void* tensor : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0;
+  return aligned;
+}
+
 MraStatus CheckWorkspace(const Layout& layout, const void* workspace, size_t bytes) {
   const bool aligned = reinterpret_cast<uintptr_t>(workspace) % 64 == 0;
   return aligned && bytes >= layout.bytes ? MRA_OK : MRA_ERROR_WORKSPACE;
@@ -67,10 +78,29 @@ cudaError_t LaunchSelection(const MraAttentionParams& params, const Layout& layo
 }
 
 template <typename T>
+cudaError_t LaunchAttendMma(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
+  const int64_t items = layout.heads_total * layout.slots;
+  if (!p.vector_loads) {
+    return LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+  }
+  switch (MmaDims(params.head_size)) {
+    case 32:
+      return LaunchKernel(AttendMmaKernel<T, 32, true>, items, kMmaThreads, MmaSharedBytes(32), stream, p);
+    case 64:
+      return LaunchKernel(AttendMmaKernel<T, 64, true>, items, kMmaThreads, MmaSharedBytes(64), stream, p);
+    default:
+      return LaunchKernel(AttendMmaKernel<T, 128, true>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+  }
+}
+
+template <typename T>
 cudaError_t LaunchAttention(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
   const cudaError_t error = LaunchSelection<T>(params, layout, p, stream);
   if (error != cudaSuccess) return error;
   const int64_t items = layout.heads_total * layout.slots;
+  if constexpr (sizeof(T) == 2) {
+    if (params.head_size <= kMmaMostDims) return LaunchAttendMma<T>(params, layout, p, stream);
+  }
   const size_t shared = AttendSharedFloats(params.head_size) * sizeof(float);
   switch (PaddedHeadSize(params.head_size)) {
     case 64:
@@ -105,6 +135,7 @@ MraStatus mra_attention_cuda(const MraAttentionParams* params, const void* query
   if (status != MRA_OK) return status;
   mra::Problem p = mra::MakeProblem(*params, layout, workspace);
   p.query = query, p.key = key, p.value = value, p.mask = mask, p.context = context;
+  p.vector_loads = mra::AllowVectorLoads(*params, {query, key, value, context});
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const cudaError_t error = params->dtype == MRA_FLOAT32   ? mra::LaunchAttention<float>(*params, layout, p, on)
                             : params->dtype == MRA_FLOAT16 ? mra::LaunchAttention<__half>(*params, layout, p, on)

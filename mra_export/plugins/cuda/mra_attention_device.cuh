@@ -30,6 +30,9 @@ struct Problem {
   WorkItem* work;
   int32_t* arrivals;
   float* partial;
+  float* low_vector;
+  float* low_total;
+  float* low_largest;
 
   int64_t length;  // N
   int heads;       // H
@@ -47,6 +50,7 @@ struct Problem {
   int diagonal;  // G
   float scale;
   bool full;  // approx_mode "full"
+  bool vector_loads;  // every head's rows begin at multiples of 16 bytes, in every tensor
   bool padding_invariant;
 };
 
