@@ -12,7 +12,7 @@
 namespace mra {
 
 constexpr int kMmaThreads = 64;
-constexpr int kMmaStages = 3;   // key blocks in the ring: one being read, two on their way
+constexpr int kMmaStages = 3;  // key blocks in the ring: one being read, two on their way
 constexpr int kVectorBytes = 16;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ void FetchTiles(const Problem& p, const TileShare<kDi
   const T* key = static_cast<const T*>(p.key) + from;
   const T* value = static_cast<const T*>(p.value) + from;
   if constexpr (kVector) {
-#pragma unroll
+#pragma unroll 2  // four at once cost so many registers that the widest kernel spills
     for (int n = 0; n < kBlock / Share::kStep; ++n) {
 #pragma unroll
       for (int d = 0; d < kDims / 8; d += Share::kLanes) {
@@ -114,8 +114,8 @@ struct QueryFragments {
 // 8 n + 2 (lane % 4) and the next one, in output[n][2 r] and output[n][2 r + 1].
 template <int kDims>
 struct MmaState {
-  float output[kDims / 8][4] = {};               // sum of weight * value, relative to 2^largest
-  float total[2] = {};                           // sum of weights, likewise; of this lane's key tokens until the end
+  float output[kDims / 8][4] = {};            // sum of weight * value, relative to 2^largest
+  float total[2] = {};                        // sum of weights, likewise; of this lane's key tokens until the end
   float largest[2] = {-INFINITY, -INFINITY};  // largest logit, times log2(e)
 };
 
@@ -241,21 +241,29 @@ __device__ __forceinline__ bool MergeMmaChunks(const Problem& p, int64_t head, c
 
   // __ldcg: other CTAs wrote these, so not through this SM's L1.
   *state = MmaState<kDims>();
+#pragma unroll 1
   for (int chunk = 0; chunk < item.chunks; ++chunk) {
     const float* from = row_partial + int64_t{chunk} * p.partial_floats;
 #pragma unroll
     for (int r = 0; r < 2; ++r) state->largest[r] = fmaxf(state->largest[r], __ldcg(from + (kLargest + r) * kMmaThreads));
   }
-  for (int chunk = 0; chunk < item.chunks; ++chunk) {
-    const float* from = row_partial + int64_t{chunk} * p.partial_floats;
-    float w[2];
+  constexpr int kAtOnce = 16;  // more loads on their way than that cost more registers than there are
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      w[r] = Weight2(__ldcg(from + (kLargest + r) * kMmaThreads), state->largest[r]);
-      state->total[r] += w[r] * __ldcg(from + (kTotal + r) * kMmaThreads);
+  for (int first = 0; first < kTotal; first += kAtOnce) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+      const float* from = row_partial + int64_t{chunk} * p.partial_floats;
+      float w[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        w[r] = Weight2(__ldcg(from + (kLargest + r) * kMmaThreads), state->largest[r]);
+        if (first == 0) state->total[r] += w[r] * __ldcg(from + (kTotal + r) * kMmaThreads);
+      }
+#pragma unroll
+      for (int n = first; n < first + kAtOnce; ++n) {
+        state->output[n / 4][n % 4] += w[n % 4 / 2] * __ldcg(from + n * kMmaThreads);
+      }
     }
-#pragma unroll
-    for (int n = 0; n < kTotal; ++n) state->output[n / 4][n % 4] += w[n % 4 / 2] * __ldcg(from + n * kMmaThreads);
   }
   return true;
 }

@@ -49,7 +49,7 @@ struct Problem {
   int first;     // F
   int diagonal;  // G
   float scale;
-  bool full;  // approx_mode "full"
+  bool full;          // approx_mode "full"
   bool vector_loads;  // every head's rows begin at multiples of 16 bytes, in every tensor
   bool padding_invariant;
 };
