@@ -13,6 +13,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <string>
+#include <vector>
+
 #define __global__
 #define __device__
 #define __host__
@@ -31,20 +34,38 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFa
 
 namespace mra_emulation {
 
+// A cp.async that has not been waited for.
+struct AsyncCopy {
+  unsigned char* to;
+  const void* from;
+  int group;     // how many groups the thread had closed before
+  bool is_read;  // `bytes` is there
+  unsigned char bytes[16];
+};
+
 struct Thread {
   dim3 index;
   dim3 block;
   unsigned char* shared_memory;  // its CTA's
+  std::vector<AsyncCopy> copies;
+  int copy_groups;  // closed so far
 };
 extern Thread* current;  // the running fiber's
 
-enum class WarpFunction { kSync, kBallot, kShuffle, kMatch };
+enum class WarpFunction { kSync, kBallot, kShuffle, kMatch, kLoadMatrix, kMultiply };
 
 void SyncThreads(const char* file, int line);
 // Returns when all lanes of `mask` have called it with the same function, mask and place. kShuffle: the value of lane `source`;
 // kBallot: bit n = lane n's value is not 0; kMatch: bit n = lane n's value equals this one's.
 uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int source, const char* file, int line);
+// Returns when all 32 lanes have called it with the same function and place. The last to come computes all of their results, by
+// compute(the lanes' operands).
+void MeetWarp(WarpFunction function, void* operands, void (*compute)(void* const* operands), const char* file, int line);
 int Lane();
+size_t SharedBytes();  // the launch's shared memory per CTA
+uint64_t NextRandom();
+// Ends the launch with this report; the calling thread does not go on.
+[[noreturn]] void Refuse(const std::string& what, const char* file, int line);
 // Lets another CTA run for as long as it can, now and then: what this one had to have done before the atomic shows if it had not.
 void AfterAtomic();
 
