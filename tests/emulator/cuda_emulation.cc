@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
@@ -441,12 +442,19 @@ uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int sour
   self->source = source;
   Fiber* warp = &self->slot->fibers[self->index.x / 32 * 32];
   if (ArriveInWarp(function, mask, file, line)) {
-    uint32_t ballot = 0;
-    for (int n = 0; n < 32; ++n) ballot |= (mask >> n & 1u) && warp[n].value != 0 ? 1u << n : 0u;
+    uint32_t ballot = 0, sum = 0, maximum = 0;
+    for (int n = 0; n < 32; ++n) {
+      if (!(mask >> n & 1u)) continue;
+      ballot |= warp[n].value != 0 ? 1u << n : 0u;
+      sum += warp[n].value;
+      maximum = std::max(maximum, warp[n].value);
+    }
     for (int n = 0; n < 32; ++n) {
       if (!(mask >> n & 1u)) continue;
       uint32_t result = ballot;
       if (function == WarpFunction::kShuffle) result = warp[warp[n].source].value;
+      if (function == WarpFunction::kAdd) result = sum;
+      if (function == WarpFunction::kMaximum) result = maximum;
       if (function == WarpFunction::kMatch) {
         result = 0;
         for (int m = 0; m < 32; ++m) result |= (mask >> m & 1u) && warp[m].value == warp[n].value ? 1u << m : 0u;

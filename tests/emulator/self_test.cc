@@ -262,8 +262,9 @@ int mra_emulation_workspace_sections(const MraAttentionParams* params, uint64_t*
   mra::Layout l;
   const MraStatus status = mra::MakeLayout(params, &l);
   if (status != MRA_OK) return -static_cast<int>(status);
-  const mra::Section sections[] = {l.real,      l.query_mean, l.key_mean, l.value_sum, l.logit,    l.row_max,
-                                   l.row_start, l.column,     l.excluded, l.work,      l.arrivals, l.partial};
+  const mra::Section sections[] = {l.real,     l.query_mean, l.key_mean,   l.value_sum, l.logit,
+                                   l.row_key,  l.row_start,  l.column,     l.excluded,  l.work,
+                                   l.arrivals, l.partial,    l.low_vector, l.low_total, l.low_largest};
   int count = 0;
   for (const mra::Section& section : sections) {
     numbers[2 * count] = section.offset;

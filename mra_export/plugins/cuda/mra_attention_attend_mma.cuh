@@ -13,8 +13,6 @@ namespace mra {
 
 constexpr int kMmaThreads = 64;
 constexpr int kMmaStages = 3;  // key blocks in the ring: one being read, two on their way
-constexpr int kVectorBytes = 16;
-constexpr float kLog2E = 1.4426950408889634f;
 
 // The tensor core kernel is compiled for these widths.
 constexpr int kMmaMostDims = 128;
