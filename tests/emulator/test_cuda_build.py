@@ -26,7 +26,8 @@ FLAGS = (
 )
 
 # An SM has 65536 registers: enough for 2 CTAs of the 256 threads of logits and low resolution (1 at 128 dimensions of float32), for
-# 1 of the 512 or 1024 of select, 2 of its 256, and for 6, 3 and 2 of the 128 of attend.
+# 1 of the 512 or 1024 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 of attend on tensor
+# cores.
 MOST_REGISTERS = {
     "Pool": 96,
     "Logit": 128,
@@ -36,6 +37,9 @@ MOST_REGISTERS = {
     "SelectMany": 64,
     "Low 64": 128,
     "Low 128": 168,
+    "AttendMma 32": 104,
+    "AttendMma 64": 144,
+    "AttendMma 128": 208,
     "Attend 64": 80,
     "Attend 128": 168,
     "Attend 256": 255,
@@ -48,6 +52,7 @@ INSTANCES = {
     "SelectMany": 1,
     "Low 64": 2,
     "Low 128": 2,
+    **{"AttendMma 32": 2, "AttendMma 64": 2, "AttendMma 128": 4},  # the widest one also with loads of single elements
     **{f"Attend {dims}": 3 for dims in (64, 128, 256)},
     "ExportSelection": 1,
 }
