@@ -7,11 +7,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "cuda_emulation_ptx.h"
 
 namespace mra_emulation {
 
@@ -119,6 +122,7 @@ struct Fiber : Thread {
   WarpFunction function;
   uint32_t mask, value, result;
   int source;
+  void* operands;  // MeetWarp's
 };
 
 // A buffer between inaccessible pages. Reads and writes outside it fault.
@@ -171,13 +175,6 @@ struct Machine {
 };
 Machine machine;
 
-uint64_t NextRandom() {  // xorshift64
-  machine.random ^= machine.random << 13;
-  machine.random ^= machine.random >> 7;
-  machine.random ^= machine.random << 17;
-  return machine.random;
-}
-
 Fiber* Self() { return static_cast<Fiber*>(current); }
 
 void Wake(Fiber* fiber) {
@@ -227,8 +224,15 @@ void Leave() {
   SwitchContext(&self->context, &next->context);
 }
 
+// "cuda.cu:12"
+std::string Place(const char* file, int line) {
+  const char* slash = strrchr(file, '/');
+  return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
+}
+
 void FiberMain() {
   machine.entry(machine.argument);
+  CheckNoCopies();
   Self()->state = State::kDone;
   --Self()->slot->running;
   Leave();
@@ -240,8 +244,7 @@ std::string DescribeWaiters(const Slot& slot) {
   std::map<std::string, std::vector<int>> groups;
   for (int t = 0; t < machine.threads; ++t) {
     const Fiber& f = slot.fibers[t];
-    const char* slash = f.file ? strrchr(f.file, '/') : nullptr;
-    const std::string place = f.file ? std::string(slash ? slash + 1 : f.file) + ":" + std::to_string(f.line) : "";
+    const std::string place = f.file ? Place(f.file, f.line) : "";
     const std::string what = f.state == State::kDone        ? "have exited"
                              : f.state == State::kAtBarrier ? "wait in __syncthreads at " + place
                                                             : "wait in a warp function at " + place;
@@ -308,6 +311,8 @@ void Start(Slot* slot) {
     f.index = {static_cast<unsigned>(t), 0, 0};
     f.block = {static_cast<unsigned>(slot->block), 0, 0};
     f.shared_memory = shared;
+    f.copies.clear();
+    f.copy_groups = 0;
     f.slot = slot;
     f.file = nullptr;
     PrepareContext(&f.context, slot->stacks + t * 2 * kStackBytes + kStackBytes, FiberMain);
@@ -347,8 +352,9 @@ bool RunPending() {
       return false;
     }
     current = next;
-    SwitchContext(&machine.main, &next->context);  // comes back when a CTA is done, or none can go on
+    SwitchContext(&machine.main, &next->context);  // comes back when a CTA is done, none can go on, or one is refused
     current = nullptr;
+    if (!machine.error.empty()) return false;
     for (int n = 0; n < machine.resident; ++n) {
       Slot* slot = &machine.slots[n];
       if (slot->running != 0 || slot->block < 0) continue;
@@ -364,7 +370,43 @@ bool RunPending() {
   return true;
 }
 
+// Says that this lane waits in a warp function; true if all lanes of the mask wait in the same.
+bool ArriveInWarp(WarpFunction function, uint32_t mask, const char* file, int line) {
+  ReadSomeSources();
+  Fiber* self = Self();
+  self->state = State::kInWarp;
+  self->file = file;
+  self->line = line;
+  self->function = function;
+  self->mask = mask;
+  const Fiber* warp = &self->slot->fibers[self->index.x / 32 * 32];
+  bool complete = mask >> Lane() & 1u;  // a lane outside its own mask waits for ever
+  for (int n = 0; n < 32 && complete; ++n) {
+    if (!(mask >> n & 1u)) continue;
+    const Fiber& f = warp[n];
+    complete = f.state == State::kInWarp && f.function == function && f.mask == mask && f.line == line &&
+               strcmp(f.file, file) == 0 && (function != WarpFunction::kShuffle || mask >> f.source & 1u);
+  }
+  return complete;
+}
+
 }  // namespace
+
+uint64_t NextRandom() {  // xorshift64
+  machine.random ^= machine.random << 13;
+  machine.random ^= machine.random >> 7;
+  machine.random ^= machine.random << 17;
+  return machine.random;
+}
+
+size_t SharedBytes() { return machine.shared_bytes; }
+
+void Refuse(const std::string& what, const char* file, int line) {
+  machine.error = "thread " + std::to_string(current->index.x) + " of CTA " + std::to_string(current->block.x) + " " + what +
+                  (file != nullptr ? " at " + Place(file, line) : "");
+  SwitchContext(&Self()->context, &machine.main);
+  abort();  // the launch is over
+}
 
 int Lane() { return static_cast<int>(current->index.x % 32); }
 
@@ -377,6 +419,7 @@ void AfterAtomic() {
 }
 
 void SyncThreads(const char* file, int line) {
+  ReadSomeSources();
   Fiber* self = Self();
   self->state = State::kAtBarrier;
   self->file = file;
@@ -395,28 +438,23 @@ void SyncThreads(const char* file, int line) {
 
 uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int source, const char* file, int line) {
   Fiber* self = Self();
-  self->state = State::kInWarp;
-  self->file = file;
-  self->line = line;
-  self->function = function;
-  self->mask = mask;
   self->value = value;
   self->source = source;
   Fiber* warp = &self->slot->fibers[self->index.x / 32 * 32];
-  bool complete = mask >> Lane() & 1u;  // a lane outside its own mask waits for ever
-  for (int n = 0; n < 32 && complete; ++n) {
-    if (!(mask >> n & 1u)) continue;
-    const Fiber& f = warp[n];
-    complete = f.state == State::kInWarp && f.function == function && f.mask == mask && f.line == line &&
-               strcmp(f.file, file) == 0 && (function != WarpFunction::kShuffle || mask >> f.source & 1u);
-  }
-  if (complete) {
-    uint32_t ballot = 0;
-    for (int n = 0; n < 32; ++n) ballot |= (mask >> n & 1u) && warp[n].value != 0 ? 1u << n : 0u;
+  if (ArriveInWarp(function, mask, file, line)) {
+    uint32_t ballot = 0, sum = 0, maximum = 0;
+    for (int n = 0; n < 32; ++n) {
+      if (!(mask >> n & 1u)) continue;
+      ballot |= warp[n].value != 0 ? 1u << n : 0u;
+      sum += warp[n].value;
+      maximum = std::max(maximum, warp[n].value);
+    }
     for (int n = 0; n < 32; ++n) {
       if (!(mask >> n & 1u)) continue;
       uint32_t result = ballot;
       if (function == WarpFunction::kShuffle) result = warp[warp[n].source].value;
+      if (function == WarpFunction::kAdd) result = sum;
+      if (function == WarpFunction::kMaximum) result = maximum;
       if (function == WarpFunction::kMatch) {
         result = 0;
         for (int m = 0; m < 32; ++m) result |= (mask >> m & 1u) && warp[m].value == warp[n].value ? 1u << m : 0u;
@@ -427,6 +465,19 @@ uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int sour
   }
   Leave();
   return self->result;
+}
+
+void MeetWarp(WarpFunction function, void* operands, void (*compute)(void* const* operands), const char* file, int line) {
+  Fiber* self = Self();
+  self->operands = operands;
+  Fiber* warp = &self->slot->fibers[self->index.x / 32 * 32];
+  if (ArriveInWarp(function, 0xffffffffu, file, line)) {
+    void* all[32];
+    for (int n = 0; n < 32; ++n) all[n] = warp[n].operands;
+    compute(all);
+    for (int n = 0; n < 32; ++n) Wake(&warp[n]);
+  }
+  Leave();
 }
 
 cudaError_t Launch(void (*entry)(const void*), const void* argument, int64_t blocks, int threads, size_t shared_bytes) {

@@ -13,6 +13,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <string>
+#include <vector>
+
 #define __global__
 #define __device__
 #define __host__
@@ -22,8 +25,14 @@
 struct dim3 {
   unsigned x, y, z;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 typedef void* cudaStream_t;
@@ -31,20 +40,39 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFa
 
 namespace mra_emulation {
 
+// A cp.async that has not been waited for.
+struct AsyncCopy {
+  unsigned char* to;
+  const void* from;
+  int group;     // how many groups the thread had closed before
+  bool is_read;  // `bytes` is there
+  unsigned char bytes[16];
+};
+
 struct Thread {
   dim3 index;
   dim3 block;
   unsigned char* shared_memory;  // its CTA's
+  std::vector<AsyncCopy> copies;
+  int copy_groups;  // closed so far
 };
 extern Thread* current;  // the running fiber's
 
-enum class WarpFunction { kSync, kBallot, kShuffle, kMatch };
+enum class WarpFunction { kSync, kBallot, kShuffle, kMatch, kAdd, kMaximum, kLoadMatrix, kMultiply };
 
 void SyncThreads(const char* file, int line);
 // Returns when all lanes of `mask` have called it with the same function, mask and place. kShuffle: the value of lane `source`;
-// kBallot: bit n = lane n's value is not 0; kMatch: bit n = lane n's value equals this one's.
+// kBallot: bit n = lane n's value is not 0; kMatch: bit n = lane n's value equals this one's; kAdd and
+// kMaximum: sum and maximum of the unsigned values.
 uint32_t CallWarp(WarpFunction function, uint32_t mask, uint32_t value, int source, const char* file, int line);
+// Returns when all 32 lanes have called it with the same function and place. The last to come computes all of their results, by
+// compute(the lanes' operands).
+void MeetWarp(WarpFunction function, void* operands, void (*compute)(void* const* operands), const char* file, int line);
 int Lane();
+size_t SharedBytes();  // the launch's shared memory per CTA
+uint64_t NextRandom();
+// Ends the launch with this report; the calling thread does not go on.
+[[noreturn]] void Refuse(const std::string& what, const char* file, int line);
 // Lets another CTA run for as long as it can, now and then: what this one had to have done before the atomic shows if it had not.
 void AfterAtomic();
 
@@ -75,6 +103,8 @@ inline int LaneOr(int lane) { return lane >= 0 && lane < 32 ? lane : Lane(); }
 #define __syncwarp() MRA_WARP(kSync, 0xffffffffu, 0u)
 #define __ballot_sync(mask, predicate) MRA_WARP(kBallot, mask, (predicate) ? 1u : 0u)
 #define __match_any_sync(mask, value) MRA_WARP(kMatch, mask, static_cast<uint32_t>(value))
+#define __reduce_add_sync(mask, value) static_cast<int>(MRA_WARP(kAdd, mask, static_cast<uint32_t>(value)))
+#define __reduce_max_sync(mask, value) MRA_WARP(kMaximum, mask, static_cast<uint32_t>(value))  // of unsigned numbers
 #define __shfl_sync(mask, value, lane) MRA_SHUFFLE(mask, value, (lane) % 32)
 #define __shfl_xor_sync(mask, value, lanes) MRA_SHUFFLE(mask, value, ::mra_emulation::Lane() ^ (lanes))
 #define __shfl_up_sync(mask, value, lanes) MRA_SHUFFLE(mask, value, ::mra_emulation::Lane() - static_cast<int>(lanes))
@@ -86,12 +116,19 @@ inline int atomicAdd(int* address, int value) {
   mra_emulation::AfterAtomic();
   return old;
 }
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address = value > old ? value : old;
+  mra_emulation::AfterAtomic();
+  return old;
+}
 inline void __threadfence() {}
 template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
 // Compiled with -ffp-contract=off: each of these rounds once, to nearest even.

@@ -27,6 +27,7 @@ SOURCES = (
     PLUGINS / "cuda" / "mra_attention_cuda.cu",
     PLUGINS / "common" / "mra_attention_params.cc",
     HERE / "cuda_emulation.cc",
+    HERE / "cuda_emulation_ptx.cc",
     HERE / "self_test.cc",
 )
 # -ffp-contract=off: selection is bit-exact, every fused multiply-add is written out. unroll is nvcc's pragma.

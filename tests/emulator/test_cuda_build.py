@@ -25,18 +25,38 @@ FLAGS = (
     f"-I{SOURCE.parents[1] / 'include'}",
 )
 
-# An SM has 65536 registers: enough for 2 CTAs of the 512 threads of select, and for 6, 3 and 2 of the 128 of attend.
+# An SM has 65536 registers: enough for 2 CTAs of the 256 threads of logits and low resolution (1 at 128 dimensions of float32), for
+# 1 of the 512 or 1024 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 of attend on tensor
+# cores.
 MOST_REGISTERS = {
     "Pool": 96,
-    "Logit": 64,
-    "Select": 64,
+    "Logit": 128,
+    "Select 2": 128,
+    "Select 4": 128,
+    "Select 8": 128,
+    "SelectMany": 64,
+    "Low 64": 128,
+    "Low 128": 168,
+    "AttendMma 32": 104,
+    "AttendMma 64": 144,
+    "AttendMma 128": 208,
     "Attend 64": 80,
     "Attend 128": 168,
     "Attend 256": 255,
     "ExportSelection": 64,
 }
-INSTANCES = {"Pool": 3, "Logit": 1, "Select": 1, "Attend 64": 3, "Attend 128": 3, "Attend 256": 3, "ExportSelection": 1}
-"""Kernel, and for the attention kernel its padded head size -> how many there are of it, one per type."""
+INSTANCES = {
+    "Pool": 3,
+    "Logit": 1,
+    **{f"Select {tile}": 2 for tile in (2, 4, 8)},
+    "SelectMany": 1,
+    "Low 64": 2,
+    "Low 128": 2,
+    **{"AttendMma 32": 2, "AttendMma 64": 2, "AttendMma 128": 4},  # the widest one also with loads of single elements
+    **{f"Attend {dims}": 3 for dims in (64, 128, 256)},
+    "ExportSelection": 1,
+}
+"""Kernel, and its last template number (select: logits of a thread in each direction; others: padded head size) -> how many."""
 
 
 @dataclass(frozen=True)

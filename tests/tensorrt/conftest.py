@@ -18,6 +18,7 @@ SOURCES = [
     PLUGINS / "cuda" / "mra_attention_cuda.cu",
     PLUGINS / "common" / "mra_attention_params.cc",
     ROOT / "tests" / "emulator" / "cuda_emulation.cc",
+    ROOT / "tests" / "emulator" / "cuda_emulation_ptx.cc",
     HERE / "plugin_driver.cc",
 ]
 

@@ -42,63 +42,6 @@ struct RowState {
   float largest[2];
 };
 
-// The low-resolution part of block row i, the same for its 32 tokens: sum of exp(l_ij) over the block sums of value and over the
-// counts, for all j that are not excluded and have a real token, relative to exp(*largest). vector: (kDims) shared; scratch:
-// shared. Other warps may still be reading both when this is called: it writes after a barrier.
-template <int kDims>
-__device__ __forceinline__ void LowResolution(const Problem& p, int64_t head, int row, float* scratch, float* vector, float* total,
-                                              float* largest) {
-  constexpr int kGroups = kDims < kAttendThreads ? kAttendThreads / kDims : 1;  // groups of threads share out the key blocks
-  constexpr int kPerThread = kDims > kAttendThreads ? kDims / kAttendThreads : 1;
-  float* weight = scratch;                             // (kAttendThreads)
-  float* group_vector = scratch + kAttendThreads;      // (kGroups, kDims)
-  float* warp_total = group_vector + kGroups * kDims;  // (kAttendWarps)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float* logit = p.logit + (head * p.blocks + row) * p.blocks;
-  const uint32_t* excluded = p.excluded + (head * p.blocks + row) * p.words;
-  const uint32_t* real = p.real + head / p.heads * p.blocks;
-  const float* value_sum = p.value_sum + head * p.blocks * p.head_size;
-  const auto is_used = [&](int j) { return j < p.blocks && real[j] != 0 && !(excluded[j / 32] >> (j % 32) & 1u); };
-
-  float m = -INFINITY;  // every warp finds it for itself
-  for (int j = lane; j < p.blocks; j += 32) m = is_used(j) ? fmaxf(m, logit[j]) : m;
-  for (int step = 16; step > 0; step /= 2) m = fmaxf(m, __shfl_xor_sync(kWarp, m, step));
-
-  const int group = threadIdx.x / (kAttendThreads / kGroups);
-  const int dim = threadIdx.x % (kAttendThreads / kGroups);
-  float sum[kPerThread] = {};
-  float own_total = 0.0f;
-  for (int first = 0; first < p.blocks; first += kAttendThreads) {
-    const int j = first + threadIdx.x;
-    const float w = is_used(j) ? Weight(logit[j], m) : 0.0f;
-    if (j < p.blocks) own_total += w * __popc(real[j]);
-    __syncthreads();  // the previous weights, or what `scratch` held before, have been read
-    weight[threadIdx.x] = w;
-    __syncthreads();
-    const int count = p.blocks - first < kAttendThreads ? p.blocks - first : kAttendThreads;
-    for (int n = group; n < count; n += kGroups) {
-      if (weight[n] == 0.0f) continue;  // an excluded block's sum may be infinite
-      for (int k = 0; k < kPerThread; ++k) {
-        const int d = dim + k * kAttendThreads;
-        if (d < p.head_size) sum[k] += weight[n] * value_sum[int64_t{first + n} * p.head_size + d];
-      }
-    }
-  }
-  for (int k = 0; k < kPerThread; ++k) group_vector[group * kDims + dim + k * kAttendThreads] = sum[k];
-  for (int step = 16; step > 0; step /= 2) own_total += __shfl_xor_sync(kWarp, own_total, step);
-  if (lane == 0) warp_total[warp] = own_total;
-  __syncthreads();
-  for (int d = threadIdx.x; d < kDims; d += kAttendThreads) {
-    float x = group_vector[d];
-    for (int g = 1; g < kGroups; ++g) x += group_vector[g * kDims + d];
-    vector[d] = x;
-  }
-  *total = 0.0f;
-  for (int w = 0; w < kAttendWarps; ++w) *total += warp_total[w];
-  *largest = m;
-  __syncthreads();
-}
-
 // Adds one chosen key block to the state. real: its real tokens, not 0.
 template <typename T, int kDims>
 __device__ __forceinline__ void AttendBlock(const Problem& p, const T* key, const T* value, uint32_t real, const float* query_tile,
@@ -225,7 +168,7 @@ __global__ void __launch_bounds__(kAttendThreads, AttendCtas(kDims)) AttendKerne
   MRA_DYNAMIC_SHARED(memory);
   const int stride = TokenStride(p.head_size);
   float* query_tile = reinterpret_cast<float*>(memory);  // (32, stride)
-  float* tile = query_tile + kBlock * stride;            // (32, stride): keys, then values, then the epilogue's scratch
+  float* tile = query_tile + kBlock * stride;            // (32, stride): keys, then values
   float* weights = tile + kBlock * stride;               // (32, kWeightStride)
 
   const WorkItem item = p.work[blockIdx.x];
@@ -242,7 +185,7 @@ __global__ void __launch_bounds__(kAttendThreads, AttendCtas(kDims)) AttendKerne
   RowState<kDims> state = {};
   state.largest[0] = state.largest[1] = -INFINITY;
   float low_total = 0.0f, low_largest = -INFINITY;
-  float* low_vector = weights;  // (kDims), once the weights have been used
+  const float* low_vector = p.low_vector + (head * p.blocks + item.row) * p.head_size;
   bool has_low = false;
 
   if (query_real != 0) {
@@ -264,7 +207,8 @@ __global__ void __launch_bounds__(kAttendThreads, AttendCtas(kDims)) AttendKerne
     }
     if (item.chunks > 1 && !MergeChunks<kDims>(p, head, item, reinterpret_cast<int32_t*>(query_tile), &state)) return;
     if (p.full) {
-      LowResolution<kDims>(p, head, item.row, tile, low_vector, &low_total, &low_largest);
+      low_total = p.low_total[head * p.blocks + item.row];
+      low_largest = p.low_largest[head * p.blocks + item.row];
       has_low = true;
     }
   } else if (item.chunk > 0) {

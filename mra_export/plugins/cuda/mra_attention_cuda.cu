@@ -1,8 +1,13 @@
 // C entry points of the CUDA kernels: checks, workspace, launches. Design and cost: docs/kernels-cuda.md.
+#include <initializer_list>
+
 #include "mra_attention.h"
 #include "mra_attention_attend.cuh"
+#include "mra_attention_attend_mma.cuh"
 #include "mra_attention_device.cuh"
 #include "mra_attention_layout.h"
+#include "mra_attention_logit.cuh"
+#include "mra_attention_low.cuh"
 #include "mra_attention_pool.cuh"
 #include "mra_attention_select.cuh"
 
@@ -21,13 +26,16 @@ Problem MakeProblem(const MraAttentionParams& params, const Layout& layout, void
   p.key_mean = At<float>(workspace, layout.key_mean);
   p.value_sum = At<float>(workspace, layout.value_sum);
   p.logit = At<float>(workspace, layout.logit);
-  p.row_max = At<float>(workspace, layout.row_max);
+  p.row_key = At<uint32_t>(workspace, layout.row_key);
   p.row_start = At<int32_t>(workspace, layout.row_start);
   p.column = At<uint16_t>(workspace, layout.column);
   p.excluded = At<uint32_t>(workspace, layout.excluded);
   p.work = At<WorkItem>(workspace, layout.work);
   p.arrivals = At<int32_t>(workspace, layout.arrivals);
   p.partial = At<float>(workspace, layout.partial);
+  p.low_vector = At<float>(workspace, layout.low_vector);
+  p.low_total = At<float>(workspace, layout.low_total);
+  p.low_largest = At<float>(workspace, layout.low_largest);
   p.length = params.length;
   p.heads = params.num_heads;
   p.head_size = params.head_size;
@@ -38,8 +46,11 @@ Problem MakeProblem(const MraAttentionParams& params, const Layout& layout, void
   p.slots = layout.slots;
   p.partials = layout.partials;
   p.partial_floats = layout.partial_floats;
+  p.logit_stride = layout.logit_stride;
   p.pool_tiles = static_cast<int>(layout.pool_tiles);
+  p.pool_threads = layout.pool_threads;
   p.logit_tiles = static_cast<int>(layout.logit_tiles);
+  p.low_tiles = static_cast<int>(layout.low_tiles);
   p.first = params.initial_prior_first_n_blocks;
   p.diagonal = params.initial_prior_diagonal_n_blocks;
   p.scale = params.scale;
@@ -48,22 +59,69 @@ Problem MakeProblem(const MraAttentionParams& params, const Layout& layout, void
   return p;
 }
 
+// Whether every head's rows begin at multiples of 16 bytes in all of these tensors.
+bool AllowVectorLoads(const MraAttentionParams& params, std::initializer_list<const void*> tensors) {
+  const int bytes = params.dtype == MRA_FLOAT32 ? 4 : 2;
+  bool aligned = params.head_size * bytes % kVectorBytes == 0;
+  for (const void* tensor : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0;
+  return aligned;
+}
+
 MraStatus CheckWorkspace(const Layout& layout, const void* workspace, size_t bytes) {
   const bool aligned = reinterpret_cast<uintptr_t>(workspace) % 64 == 0;
   return aligned && bytes >= layout.bytes ? MRA_OK : MRA_ERROR_WORKSPACE;
 }
 
-// Pool and select; one more launch between them above kFusedSelectBlocks.
+// kTensor: the low-resolution product on tensor cores.
+template <bool kTensor, int kTile>
+cudaError_t LaunchSelect(const Layout& layout, const Problem& p, cudaStream_t stream) {
+  return LaunchKernel(SelectKernel<kTensor, kTile>, layout.heads_total, SelectThreads(kTile), sizeof(SelectShared<kTile>), stream,
+                      p);
+}
+
+template <bool kTensor, int kDims>
+cudaError_t LaunchLow(const Layout& layout, const Problem& p, cudaStream_t stream) {
+  const size_t shared = LowSharedBytes(layout.words);
+  return LaunchKernel(LowKernel<kTensor, kDims>, layout.heads_total * layout.low_tiles, kLowThreads, shared, stream, p);
+}
+
+// Everything before the attention launch: pool and select, or, above kFusedSelectBlocks, pool, logits, select and, in mode "full",
+// low resolution.
 template <typename T>
 cudaError_t LaunchSelection(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
-  cudaError_t error = LaunchKernel(PoolKernel<T>, params.batch * layout.blocks * layout.pool_tiles, kPoolThreads, 0, stream, p);
-  if (error == cudaSuccess && layout.blocks > kFusedSelectBlocks) {
-    error =
-        LaunchKernel(LogitKernel, layout.heads_total * layout.logit_tiles, kSelectThreads, kStageFloats * sizeof(float), stream, p);
-  }
+  constexpr bool kTensor = sizeof(T) == 2;
+  const int64_t pools = params.batch * layout.blocks * layout.pool_tiles * (p.full ? 3 : 2);
+  cudaError_t error = LaunchKernel(PoolKernel<T>, pools, layout.pool_threads, 0, stream, p);
   if (error != cudaSuccess) return error;
-  const size_t shared = SelectSharedFloats(layout.blocks, layout.words) * sizeof(float);
-  return LaunchKernel(SelectKernel, layout.heads_total, kSelectThreads, shared, stream, p);
+  if (layout.blocks <= kFusedSelectBlocks) {
+    const int tile = SelectTile(layout.blocks);
+    return tile == 2   ? LaunchSelect<kTensor, 2>(layout, p, stream)
+           : tile == 4 ? LaunchSelect<kTensor, 4>(layout, p, stream)
+                       : LaunchSelect<kTensor, 8>(layout, p, stream);
+  }
+  error =
+      LaunchKernel(LogitKernel, layout.heads_total * layout.logit_tiles, kLogitThreads, kStageFloats * sizeof(float), stream, p);
+  if (error != cudaSuccess) return error;
+  error = LaunchKernel(SelectManyKernel, layout.heads_total, kManyThreads, ManySharedBytes(layout.blocks), stream, p);
+  if (error != cudaSuccess || !p.full) return error;
+  return LowTileDims(params.head_size) == 64 ? LaunchLow<kTensor, 64>(layout, p, stream)
+                                             : LaunchLow<kTensor, 128>(layout, p, stream);
+}
+
+template <typename T>
+cudaError_t LaunchAttendMma(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
+  const int64_t items = layout.heads_total * layout.slots;
+  if (!p.vector_loads) {
+    return LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+  }
+  switch (MmaDims(params.head_size)) {
+    case 32:
+      return LaunchKernel(AttendMmaKernel<T, 32, true>, items, kMmaThreads, MmaSharedBytes(32), stream, p);
+    case 64:
+      return LaunchKernel(AttendMmaKernel<T, 64, true>, items, kMmaThreads, MmaSharedBytes(64), stream, p);
+    default:
+      return LaunchKernel(AttendMmaKernel<T, 128, true>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+  }
 }
 
 template <typename T>
@@ -71,6 +129,9 @@ cudaError_t LaunchAttention(const MraAttentionParams& params, const Layout& layo
   const cudaError_t error = LaunchSelection<T>(params, layout, p, stream);
   if (error != cudaSuccess) return error;
   const int64_t items = layout.heads_total * layout.slots;
+  if constexpr (sizeof(T) == 2) {
+    if (params.head_size <= kMmaMostDims) return LaunchAttendMma<T>(params, layout, p, stream);
+  }
   const size_t shared = AttendSharedFloats(params.head_size) * sizeof(float);
   switch (PaddedHeadSize(params.head_size)) {
     case 64:
@@ -105,6 +166,7 @@ MraStatus mra_attention_cuda(const MraAttentionParams* params, const void* query
   if (status != MRA_OK) return status;
   mra::Problem p = mra::MakeProblem(*params, layout, workspace);
   p.query = query, p.key = key, p.value = value, p.mask = mask, p.context = context;
+  p.vector_loads = mra::AllowVectorLoads(*params, {query, key, value, context});
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const cudaError_t error = params->dtype == MRA_FLOAT32   ? mra::LaunchAttention<float>(*params, layout, p, on)
                             : params->dtype == MRA_FLOAT16 ? mra::LaunchAttention<__half>(*params, layout, p, on)
@@ -123,6 +185,8 @@ MraStatus mra_attention_cuda_selection(const MraAttentionParams* params, const v
   mra::SelectionOutput out = {mra::MakeProblem(*params, layout, workspace), blocks, score};
   out.problem.query = query, out.problem.key = key, out.problem.mask = mask;
   out.problem.full = false;  // there is no value to pool
+  out.problem.keep_logits = true;
+  out.problem.vector_loads = mra::AllowVectorLoads(*params, {query, key});
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   cudaError_t error = params->dtype == MRA_FLOAT32   ? mra::LaunchSelection<float>(*params, layout, out.problem, on)
                       : params->dtype == MRA_FLOAT16 ? mra::LaunchSelection<__half>(*params, layout, out.problem, on)

@@ -11,12 +11,14 @@
 namespace mra {
 
 constexpr int kBlock = MRA_ATTENTION_BLOCK_SIZE;
-constexpr int kMaxBlocks = 4096;  // nb = ceil(N / 32); N to 131072. The select kernel keeps three numbers per block row on chip
+constexpr int kMaxBlocks = 4096;         // nb = ceil(N / 32); N to 131072. The select kernel keeps a number per block row on chip
 constexpr int kFusedSelectBlocks = 128;  // up to here one CTA holds all of a head's logits in shared memory
 constexpr int kShortRow = 32;            // rows of up to this many chosen blocks are never split
-constexpr int kPoolThreads = 128;
-constexpr int kSelectThreads = 512;
+constexpr int kPoolMostThreads = 128;
+constexpr int kVectorBytes = 16;  // of a token, that one thread loads at once
 constexpr int kAttendThreads = 128;
+constexpr int kLogitTile = 128;   // block rows and columns of a CTA of the logit launch
+constexpr int kLowTileRows = 64;  // block rows of a CTA of the low-resolution launch
 
 // The attention kernel is compiled for these widths; a head takes the smallest that holds it.
 inline int PaddedHeadSize(int head_size) { return head_size <= 64 ? 64 : head_size <= 128 ? 128 : 256; }
@@ -36,21 +38,29 @@ struct Layout {
   int slots = 0;            // work items per head: at least as many as any selection can need
   int partials = 0;         // unmerged chunk results per head, likewise
   int partial_floats = 0;   // floats of one of those
-  int64_t pool_tiles = 0;   // CTAs of the pool launch per token block
+  int logit_stride = 0;     // floats from one row of logits to the next
+  int64_t pool_tiles = 0;   // CTAs of the pool launch per token block and tensor
+  int pool_threads = 0;     // of each
   int64_t logit_tiles = 0;  // CTAs of the logit launch per head (nb > kFusedSelectBlocks)
+  int64_t low_tiles = 0;    // CTAs of the low-resolution launch per head (likewise)
 
   Section real;        // (B, nb) uint32: bit t = token t of the block is real
   Section query_mean;  // (BH, nb, D) float
   Section key_mean;    // (BH, nb, D) float
   Section value_sum;   // (BH, nb, D) float
-  Section logit;       // (BH, nb, nb) float: l_ij
-  Section row_max;     // (BH, nb) float: r_i
+  Section logit;       // (BH, nb, logit_stride) float: l_ij
+  Section row_key;     // (BH, nb) uint32: r_i as an integer of the same order, 0 where there is none
   Section row_start;   // (BH, nb + 1) int32: where block row i begins in `column`
   Section column;      // (BH, K) uint16: key blocks of the chosen pairs, in flat order
   Section excluded;    // (BH, nb, words) uint32
   Section work;        // (BH, slots) WorkItem
   Section arrivals;    // (BH, nb) int32: chunks of the row that are done
   Section partial;     // (BH, partials, partial_floats) float
+
+  // The low-resolution part of each block row, in mode "full": over all j that are not excluded and have a real token
+  Section low_vector;   // (BH, nb, D) float: sum of exp(l_ij - low_largest) times the block's sum of value
+  Section low_total;    // (BH, nb) float: sum of exp(l_ij - low_largest) times the block's number of real tokens
+  Section low_largest;  // (BH, nb) float: the largest such l_ij, -inf if there is no such j
   size_t bytes = 0;
 };
 
@@ -62,8 +72,8 @@ struct alignas(16) WorkItem {
   int32_t partial;  // index of the row's first partial result, if chunks > 1
 };
 
-constexpr int kLogitTileRows = 64;
-constexpr int kLogitTileColumns = 128;
+// Dimensions that a CTA of the low-resolution launch covers.
+inline int LowTileDims(int head_size) { return head_size <= 64 ? 64 : 128; }
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,13 +100,18 @@ inline MraStatus MakeLayout(const MraAttentionParams* params, Layout* layout) {
   l.partials = nb > l.chunk ? 2 * (l.budget / l.chunk) : 0;
   const int padded = PaddedHeadSize(params->head_size);
   l.partial_floats = kAttendThreads * (kBlock * padded / kAttendThreads + 4);
-  l.pool_tiles = CeilDiv(int64_t{params->num_heads} * params->head_size, kPoolThreads);
-  l.logit_tiles = CeilDiv(nb, kLogitTileRows) * CeilDiv(nb, kLogitTileColumns);
+  l.logit_stride = l.words * 32;
+  const int vector = kVectorBytes / (params->dtype == MRA_FLOAT32 ? 4 : 2);
+  const int64_t vectors = CeilDiv(int64_t{params->num_heads} * params->head_size, vector);
+  l.pool_tiles = CeilDiv(vectors, kPoolMostThreads);
+  l.pool_threads = static_cast<int>(CeilDiv(CeilDiv(vectors, l.pool_tiles), 32) * 32);
+  l.logit_tiles = CeilDiv(nb, kLogitTile) * CeilDiv(nb, kLogitTile);
+  l.low_tiles = CeilDiv(nb, kLowTileRows) * CeilDiv(params->head_size, LowTileDims(params->head_size));
 
   // CheckParams keeps B * N * H * D below 2^40, so no product here overflows; a grid has at most 2^31 - 1 CTAs.
   const int64_t grid_limit = INT32_MAX;
-  if (params->batch * nb > grid_limit / l.pool_tiles || heads_total > grid_limit / l.slots || heads_total > grid_limit / nb ||
-      heads_total > grid_limit / l.logit_tiles) {
+  if (params->batch * nb > grid_limit / (3 * l.pool_tiles) || heads_total > grid_limit / l.slots || heads_total > grid_limit / nb ||
+      heads_total > grid_limit / l.logit_tiles || heads_total > grid_limit / l.low_tiles) {
     return MRA_ERROR_TOO_LARGE;
   }
 
@@ -110,15 +125,19 @@ inline MraStatus MakeLayout(const MraAttentionParams* params, Layout* layout) {
   const int64_t pooled = heads_total * nb * params->head_size;
   l.query_mean = add(pooled, sizeof(float));
   l.key_mean = add(pooled, sizeof(float));
-  l.value_sum = add(params->approx_mode == MRA_APPROX_FULL ? pooled : 0, sizeof(float));
-  l.logit = add(heads_total * nb * nb, sizeof(float));
-  l.row_max = add(heads_total * nb, sizeof(float));
+  const bool full = params->approx_mode == MRA_APPROX_FULL;
+  l.value_sum = add(full ? pooled : 0, sizeof(float));
+  l.logit = add(heads_total * nb * l.logit_stride, sizeof(float));
+  l.row_key = add(heads_total * nb, sizeof(uint32_t));
   l.row_start = add(heads_total * (nb + 1), sizeof(int32_t));
   l.column = add(heads_total * l.budget, sizeof(uint16_t));
   l.excluded = add(heads_total * nb * l.words, sizeof(uint32_t));
   l.work = add(heads_total * l.slots, sizeof(WorkItem));
   l.arrivals = add(heads_total * nb, sizeof(int32_t));
   l.partial = add(heads_total * l.partials * l.partial_floats, sizeof(float));
+  l.low_vector = add(full ? pooled : 0, sizeof(float));
+  l.low_total = add(full ? heads_total * nb : 0, sizeof(float));
+  l.low_largest = add(full ? heads_total * nb : 0, sizeof(float));
   return MRA_OK;
 }
 
