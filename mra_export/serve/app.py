@@ -237,7 +237,7 @@ def _add_texts(app: FastAPI, model: ServedModel) -> None:
         if model.predictor is None:
             raise Refused(404, f"the model {model.name} has no tokenizer: send token ids to /v2/models/{model.name}/infer")
         prompts = ask(model.predictor) if size < _ASIDE_TEXT else await model.aside(ask, model.predictor)
-        outputs = await model.run(request, [prompt.inputs for prompt in prompts])
+        outputs = await model.run(request, [{**prompt.inputs, "tokens": prompt.tokens} for prompt in prompts])
 
         def write() -> Response:
             answers = [prompt.answer(out) for prompt, out in zip(prompts, outputs, strict=True)]
