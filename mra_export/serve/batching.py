@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -336,6 +337,21 @@ def _chosen(requests: Sequence[_Request], length: int) -> Integers | None:
         parts.append((row + line) * length + place)
         row += math.prod(request.shape[:-1])
     return np.concatenate(parts)
+
+
+def share_processors(
+    backend: str, device: str, workers: int | None = None, threads: int | None = None, copies: int = 1
+) -> tuple[int, int | None]:
+    """Workers of a BatchingRuntime and threads of each of their calls, where they are not given; None: the backend's own choice.
+
+    With ONNX Runtime on a CPU two calls on half the processors each do more than one on all of them, and the threads of a call
+    that could have more than there are processors wait for each other spinning. copies: processes on this machine that do the same.
+    """
+    if backend != "onnxruntime" or device != "cpu":
+        return workers or 1, threads
+    workers = workers or 2
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers, threads or max(1, processors // (workers * copies))
 
 
 def _buckets(wanted: Sequence[int] | None, longest: int, padding_invariant: bool) -> tuple[int, ...]:

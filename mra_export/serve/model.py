@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from mra_export.bundle import Bundle
 from mra_export.predict import Predictor
 from mra_export.runtime import MraRuntime, choose_backend
-from mra_export.serve.batching import Batch, BatchingRuntime
+from mra_export.serve.batching import Batch, BatchingRuntime, share_processors
 from mra_export.serve.gate import Refused
 from mra_export.serve.settings import Settings
 from mra_export.text import has_tokenizer
@@ -58,9 +57,7 @@ class ServedModel:
         device = settings.device or ("cuda" if settings.backend == "tensorrt" else "cpu")
         bundle = Bundle.load(self.bundle.path)
         backend = choose_backend(bundle, device, True)[0] if settings.backend == "auto" else settings.backend
-        share = backend == "onnxruntime" and device == "cpu"
-        workers = settings.workers or (2 if share else 1)
-        threads = settings.threads or (max(1, _processors() // workers) if share else None)
+        workers, threads = share_processors(backend, device, settings.workers, settings.threads)
         # of fill-mask's logits only those of mask tokens are answers
         chosen = backend == "onnxruntime" and bundle.manifest.task == "fill-mask" and bundle.manifest.chooses_tokens
         runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
@@ -138,8 +135,3 @@ class ServedModel:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
