@@ -216,7 +216,7 @@ def _add_protocol(app: FastAPI, model: ServedModel) -> None:
         for wanted in asked.outputs:
             if wanted not in (names := [tensor.name for tensor in model.bundle.manifest.outputs]):
                 raise ContractError(f"{wanted} is not an output of this model: ask for {', '.join(names)}")
-        (outputs,) = await model.run(request, [asked.arrays])
+        (outputs,) = await model.run(request, [asked.arrays])  # an input "tokens" is `submit`'s: outputs of these tokens only
         if _size([outputs]) > _ASIDE:
             answer, json_size = await model.aside(write_infer, name, VERSION, asked, outputs)
         else:

@@ -58,8 +58,7 @@ class ServedModel:
         bundle = Bundle.load(self.bundle.path)
         backend = choose_backend(bundle, device, True)[0] if settings.backend == "auto" else settings.backend
         workers, threads = share_processors(backend, device, settings.workers, settings.threads)
-        # of fill-mask's logits only those of mask tokens are answers
-        chosen = backend == "onnxruntime" and bundle.manifest.task == "fill-mask" and bundle.manifest.chooses_tokens
+        chosen = backend == "onnxruntime" and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
         runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
         runtime.validate()
         if has_tokenizer(bundle.path):
