@@ -3,10 +3,11 @@
 Starts `mra-export serve` and a server that answers one request at a time (serve_naive.py), one after the other, checks that each
 gives the runtime's answers, and looks for the highest rate at which it keeps its 99th percentile below a limit. A request's time
 counts from when it was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing
-else may go wrong. Triton's python backend and Ray Serve (start_server.py) join in with --also, servers that run with --target.
+else may go wrong. --server names others: Triton's python backend and Ray Serve (start_server.py), which are asked for all logits in
+protocol v2, and `mra-export serve` asked for the same. --target adds one that runs already.
 
     python benchmarks/serve_load.py bundle --json load.json
-    python benchmarks/serve_load.py bundle --also serve-v2 --also triton --also ray
+    python benchmarks/serve_load.py bundle --server serve-v2 --server triton --server ray
     python benchmarks/serve_load.py bundle --target other=v2=http://127.0.0.1:8001/v2/models/mra
     python benchmarks/serve_load.py bundle --soak 100000
 """
@@ -47,7 +48,7 @@ from mra_export.text import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 PROTOCOLS = ("fill-mask", "v2")
-ALSO = ("serve-v2", "triton", "ray")
+SERVERS = ("serve", "naive", "serve-v2", "triton", "ray")
 _RATES = (1.0, 20_000.0)
 _NEAR = 1.15
 """How far the second rate tried is from the first; each further one is twice as far, as a power."""
@@ -130,11 +131,11 @@ def payload(target: Target, question: Question) -> tuple[str, bytes, dict[str, s
 
 
 def expected(predictor: Predictor, question: Question) -> dict[str, Any]:
-    """The runtime's answer by protocol: the best tokens' ids for each mask, and the logits."""
-    return {
-        "fill-mask": [[token["id"] for token in mask] for mask in predictor.texts([question.text])[0]["masks"]],
-        "v2": predictor.runtime.run(input_ids=np.array([question.ids]))["logits"].ravel(),
-    }
+    """The runtime's answer by protocol: the logits, and of a fill-mask model the best tokens' ids for each mask."""
+    answers: dict[str, Any] = {"v2": predictor.runtime.run(input_ids=np.array([question.ids]))["logits"].ravel()}
+    if predictor.task == "fill-mask":
+        answers["fill-mask"] = [[token["id"] for token in mask] for mask in predictor.texts([question.text])[0]["masks"]]
+    return answers
 
 
 def check(target: Target, checks: list[tuple[Question, dict[str, Any]]]) -> None:
@@ -273,7 +274,7 @@ def started(name: str, command: list[str], port: int, log: Path) -> Iterator[psu
 
 @contextlib.contextmanager
 def target(name: str, bundle: Path, folder: Path, serve_options: Sequence[str] = ()) -> Iterator[Target]:
-    """The server of this name, from when it is ready to its end: serve, naive or one of ALSO. folder: for its log."""
+    """The server of this name of SERVERS, from when it is ready to its end. folder: for its log."""
     log = folder / f"{name}.log"
     if name in ("triton", "ray"):
         with triton_url(bundle, folder, log) if name == "triton" else ray(bundle, log, replicas=_REPLICAS) as url:
@@ -403,7 +404,7 @@ def line(name: str, outcome: Outcome) -> str:
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--target", "others", multiple=True, callback=lambda c, p, v: [parse_target(t) for t in v], help="NAME=PROTOCOL=URL")
-@click.option("--also", multiple=True, type=click.Choice(ALSO), help="Also measure this server; may be given several times.")
+@click.option("--server", "servers", multiple=True, type=click.Choice(SERVERS), default=("serve", "naive"), show_default=True)
 @click.option(
     "--corpus", type=click.Path(path_type=Path, exists=True), default=HERE.parent / "mra_export", help="Texts to ask about."
 )
@@ -424,7 +425,7 @@ def line(name: str, outcome: Outcome) -> str:
 def main(
     bundle: Path,
     others: list[Target],
-    also: tuple[str, ...],
+    servers: tuple[str, ...],
     corpus: Path,
     median: float,
     spread: float,
@@ -440,7 +441,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     for name, why in (("triton", why_no_triton()), ("ray", why_no_ray())):
-        if name in also and why is not None:
+        if name in servers and why is not None:
             raise click.ClickException(why)
     runtime = MraRuntime.load(bundle, "onnxruntime")
     predictor = Predictor(runtime)
@@ -469,17 +470,16 @@ def main(
         failed.extend(leaks(results["soak"]))
 
     def measured(server: Target) -> None:
+        check(server, checks)
         measure = Measure(server, asked, limit_ms, seconds, seed)
         results.setdefault("servers", {})[server.name] = measure.at(rates) if rates else measure.search(first_rate, steps)
 
     use = measured if soak_count is None else soaked
     with tempfile.TemporaryDirectory() as scratch:
-        for name in ("serve", "naive", *also) if soak_count is None else ("serve",):
+        for name in servers if soak_count is None else ("serve",):
             with target(name, bundle, Path(scratch), serve_options) as server:
-                check(server, checks)
                 use(server)
         for server in others:
-            check(server, checks)
             use(server)
     if soak_count is None and not rates:
         summarize(results)
@@ -505,7 +505,7 @@ class Measure:
 
     def search(self, first_rate: float | None, steps: int) -> dict[str, Any]:
         """Raises ClickException where `mra-export serve` answers overload with anything but "busy"."""
-        closed = uvloop.run(most(self.server, self.asked, 3.0))
+        closed = uvloop.run(most(self.server, self.asked, min(3.0, self.seconds)))
         click.echo(f"{self.server.name:>8} {closed:8.1f}/s with {_CALLERS} callers at once")
         report = self._report(highest_rate(self._run, self.limit_ms, first_rate or 0.8 * closed, steps))
         report["closed_loop"] = round(closed, 1)
