@@ -324,9 +324,7 @@ async def most(target: Target, asked: list[Question], seconds: float) -> float:
         async def caller(first: int) -> None:
             nonlocal count
             for number in range(first, 10**9, _CALLERS):
-                url, body, headers = payload(target, asked[number % len(asked)])
-                async with session.post(url, data=body, headers=headers) as response:
-                    await response.read()
+                await answered(session, payload(target, asked[number % len(asked)]))
                 if time.perf_counter() - start > seconds:
                     return
                 count += 1
@@ -335,27 +333,39 @@ async def most(target: Target, asked: list[Question], seconds: float) -> float:
     return count / seconds
 
 
+async def answered(session: aiohttp.ClientSession, request: tuple[str, bytes, dict[str, str]]) -> int:
+    """Wait for the whole answer; its status."""
+    url, body, headers = request
+    async with session.post(url, data=body, headers=headers) as response:
+        await response.read()
+        return response.status
+
+
 async def soak(target: Target, asked: list[Question], count: int, seconds: float, callers: int) -> dict[str, Any]:
     """So many callers, each with its next request when the last is answered, until so many requests or seconds are over.
 
-    The first fifth warms up; what the server holds after it and at every further tenth is compared.
+    The first fifth warms up; what the server holds after it and at every further tenth is compared. A caller whose connection the
+    server closed, as it does with idle ones, opens another: while a machine is stopped, all are idle.
     """
-    left, done = iter(range(count)), 0
+    left, done, reconnected = iter(range(count)), 0, 0
     errors: Counter[str] = Counter()
     marks: list[dict[str, int]] = []
     start = time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=callers), headers=_HEADERS) as session:
 
         async def caller() -> None:
-            nonlocal done
+            nonlocal done, reconnected
             for number in left:
                 if time.perf_counter() - start > seconds:
                     return
-                url, body, headers = payload(target, asked[number % len(asked)])
-                async with session.post(url, data=body, headers=headers) as response:
-                    await response.read()
-                    if response.status != 200:
-                        errors[f"HTTP {response.status}"] += 1
+                request = payload(target, asked[number % len(asked)])
+                try:
+                    status = await answered(session, request)
+                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                    reconnected += 1
+                    status = await answered(session, request)
+                if status != 200:
+                    errors[f"HTTP {status}"] += 1
                 done += 1
                 if done % max(1, count // 10) == 0 and done >= count // 5:
                     marks.append({"requests": done, **holds(target)})
@@ -368,6 +378,7 @@ async def soak(target: Target, asked: list[Question], count: int, seconds: float
         "requests": done,
         "seconds": round(time.perf_counter() - start, 1),
         "errors": dict(errors),
+        "reconnected": reconnected,
         "marks": marks,
         "growth": round(max(mark["rss_bytes"] for mark in marks) / first["rss_bytes"] - 1, 4),
         "leaked": {name: last[name] - first[name] for name in ("threads", "files", "shared_memory")},
