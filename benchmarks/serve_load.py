@@ -230,21 +230,30 @@ def good(outcome: Outcome, limit_ms: float) -> bool:
 def highest_rate(run: Callable[[float], Outcome], limit_ms: float, first: float, steps: int) -> list[Outcome]:
     """Go up from the first rate until it is too much, or down until it is not, then halve the distance so often.
 
-    Every run is returned, in order; none of them is good where the server is too slow at any rate.
+    A rate is too much when it is so twice: a machine that stalls for a moment is not the server's doing. Every run is returned, in
+    order; none of them is good where the server is too slow at any rate.
     """
-    runs = [run(first)]
-    up, factor = good(runs[0], limit_ms), _NEAR
-    while good(runs[-1], limit_ms) == up:
-        rate = min(max(runs[-1].rate * (factor if up else 1 / factor), _RATES[0]), _RATES[1])
-        if rate == runs[-1].rate:
+    runs: list[Outcome] = []
+
+    def met(rate: float) -> bool:
+        for _ in range(2):
+            runs.append(run(rate))
+            if good(runs[-1], limit_ms):
+                return True
+        return False
+
+    rate, up, factor = first, met(first), _NEAR
+    while True:
+        further = min(max(rate * (factor if up else 1 / factor), _RATES[0]), _RATES[1])
+        if further == rate:
             return runs
-        runs.append(run(rate))
-        factor *= factor
-    low, high = sorted(outcome.rate for outcome in runs[-2:])
+        if met(further) != up:
+            break
+        rate, factor = further, factor * factor
+    low, high = sorted((rate, further))
     for _ in range(steps):
         middle = math.sqrt(low * high)
-        runs.append(run(middle))
-        low, high = (middle, high) if good(runs[-1], limit_ms) else (low, middle)
+        low, high = (middle, high) if met(middle) else (low, middle)
     return runs
 
 

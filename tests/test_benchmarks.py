@@ -425,6 +425,16 @@ def test_the_highest_rate_is_found_from_above_and_below(script, first) -> None:
     runs = load.highest_rate(run, 100, first, 6)
     assert 190 < load.best(runs, 100).rate < 200
     assert load.best([run(300), run(500)], 100) is None, "one is too slow, the other refuses requests"
+    slow = load.highest_rate(run, 10, first, 6)
+    assert load.best(slow, 10) is None
+    assert len(slow) < 20, "a server that meets the limit at no rate is given up soon"
+    assert slow[-1].rate == 1
+    stalls = iter([True] + [False] * 100)
+
+    def stalling(rate: float) -> Any:
+        return run(10 * rate if next(stalls) else rate)
+
+    assert 190 < load.best(load.highest_rate(stalling, 100, first, 6), 100).rate < 200, "a stall is not the server's"
 
 
 def test_texts_to_ask_are_ragged_and_have_one_mask(script, tmp_path) -> None:
