@@ -144,21 +144,34 @@ def load_table(results: Results) -> str:
         best = server["best"]
         if best is None:
             slowest = min(server["runs"], key=lambda run: float(run["rate"]))
-            lines.append([SERVERS[name], f"none met the limit: p99 {slowest['p99_ms']:.0f} ms at {slowest['rate']:.0f}", *[""] * 5])
+            lines.append([SERVERS[name], f"none met the limit: p99 {slowest['p99_ms']:.0f} ms at {slowest['rate']:.0f}", *[""] * 6])
             continue
         calls = sum(best["batches"].values())
         times = results.get("times_the_naive_throughput", {}).get(name)
         cells = [SERVERS[name], f"{best['throughput']:.0f}", *(f"{best[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms"))]
-        lines.append([*cells, f"{best['answered'] / calls:.2f}" if calls else "-", f"{times:.2f}" if times else "-"])
-    return _table(["server", "requests/s", "p50, ms", "p95", "p99", "requests a call", "times the naive"], lines)
+        cells += [f"{best['answered'] / calls:.2f}" if calls else "-", f"{times:.2f}" if times else "-"]
+        lines.append([*cells, f"{server['closed_loop']:.0f}"])
+    header = [
+        "server",
+        "requests/s",
+        "p50, ms",
+        "p95",
+        "p99",
+        "requests a call",
+        "times the naive",
+        "16 callers at once, requests/s",
+    ]
+    return _table(header, lines)
 
 
 def load_line(results: Results) -> str:
     """The HTTP server beside the naive one."""
     serve, naive = (results["servers"][name]["best"] for name in ("serve", "naive"))
+    closed = " and ".join(f"{results['servers'][name]['closed_loop']:.0f}" for name in ("serve", "naive"))
     times = results["times_the_naive_throughput"]["serve"]
     rates = f"{serve['throughput']:.0f} requests/s beside {naive['throughput']:.0f}, {times:.2f} times as many"
-    return f"- {rates} (p99 {serve['p99_ms']:.0f} and {naive['p99_ms']:.0f} ms; commit {results['machine']['commit']})"
+    tails = f"p99 {serve['p99_ms']:.0f} and {naive['p99_ms']:.0f} ms"
+    return f"- {rates} ({tails}; {closed} with 16 callers at once; commit {results['machine']['commit']})"
 
 
 def overload_line(results: Results) -> str:

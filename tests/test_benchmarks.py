@@ -126,17 +126,19 @@ def test_load_tables_say_what_the_results_say(script) -> None:
         "limit_ms": 100.0,
         "seconds": 6.0,
         "servers": {
-            "serve": {"best": good, "runs": [good], "overload": {**good, "errors": {"busy": 20}}},
-            "naive": {"best": {**good, "throughput": 100.2, "batches": {}}, "runs": []},
-            "ray": {"best": None, "runs": [{**slow, "rate": 40.0}, slow]},
+            "serve": {"best": good, "runs": [good], "closed_loop": 290.1, "overload": {**good, "errors": {"busy": 20}}},
+            "naive": {"best": {**good, "throughput": 100.2, "batches": {}}, "runs": [], "closed_loop": 150.0},
+            "ray": {"closed_loop": 30.0, "best": None, "runs": [{**slow, "rate": 40.0}, slow]},
         },
         "times_the_naive_throughput": {"serve": 2.0, "naive": 1.0},
     }
     serve, naive, ray = cells(tables.load_table(results))[2:]
-    assert serve == ["`mra-export serve`, text", "200", "10", "40", "62", "1.50", "2.00"]
-    assert naive[1:] == ["100", "10", "40", "62", "-", "1.00"]
+    assert serve == ["`mra-export serve`, text", "200", "10", "40", "62", "1.50", "2.00", "290"]
+    assert naive[1:] == ["100", "10", "40", "62", "-", "1.00", "150"]
     assert ray[1] == "none met the limit: p99 180 ms at 1"
-    assert "200 requests/s beside 100, 2.00 times as many" in tables.load_line(results)
+    assert "200 requests/s beside 100, 2.00 times as many (p99 62 and 62 ms; 290 and 150 with 16 callers" in tables.load_line(
+        results
+    )
     assert "600 were answered, 200/s, 20 refused as busy" in tables.overload_line(results)
     assert "Test CPU, 2 cores" in tables.markdown(results)
     soak = {"requests": 100000, "seconds": 700.2, "errors": {}, "growth": 0.0123, "leaked": {"threads": 0, "files": -16}}
