@@ -1,12 +1,14 @@
 """Load on servers over the loopback address: requests of ragged lengths arrive at random times, whatever is still unanswered.
 
-Starts `mra-export serve` and a server that answers one request at a time (serve_naive.py), checks that both give the runtime's
-answers, and looks for the highest rate at which each keeps its 99th percentile below a limit. A request's time counts from when it
-was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing else may go wrong.
-Other servers join in with --target.
+Starts `mra-export serve` and a server that answers one request at a time (serve_naive.py), one after the other, checks that each
+gives the runtime's answers, and looks for the highest rate at which it keeps its 99th percentile below a limit. A request's time
+counts from when it was due. Then it sends more than the server can do: what it cannot take must be refused as busy, and nothing
+else may go wrong. --server names others: Triton's python backend and Ray Serve (start_server.py), which are asked for all logits in
+protocol v2, and `mra-export serve` asked for the same. --target adds one that runs already.
 
     python benchmarks/serve_load.py bundle --json load.json
-    python benchmarks/serve_load.py bundle --target triton=v2=http://127.0.0.1:8001/v2/models/mra
+    python benchmarks/serve_load.py bundle --server serve-v2 --server triton --server ray
+    python benchmarks/serve_load.py bundle --target other=v2=http://127.0.0.1:8001/v2/models/mra
     python benchmarks/serve_load.py bundle --soak 100000
 """
 
@@ -18,7 +20,6 @@ import json
 import math
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ import numpy as np
 import psutil
 import uvloop
 from measure import machine
+from start_server import free_port, ray, triton, why_no_ray, why_no_triton
 
 from mra_export import MraRuntime
 from mra_export.corpus import read_texts
@@ -46,9 +48,17 @@ from mra_export.text import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 PROTOCOLS = ("fill-mask", "v2")
-_MAX_RATE = 20_000.0
+SERVERS = ("serve", "naive", "serve-v2", "triton", "ray")
+_RATES = (1.0, 20_000.0)
+_NEAR = 1.15
+"""How far the second rate tried is from the first; each further one is twice as far, as a power."""
+_CALLERS = 16
+_REPLICAS = 2
+"""Of Triton's model and of Ray Serve's: one for each processor of a small machine."""
 _START_SECONDS = 120
 _MAX_GROWTH = 0.02
+_HEADERS = {"Accept-Encoding": "identity"}
+"""aiohttp asks for gzip otherwise, and Triton does that: a megabyte of logits takes it 40 ms."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +130,27 @@ def payload(target: Target, question: Question) -> tuple[str, bytes, dict[str, s
     return target.url + "/infer", header + ids.tobytes() + np.ones_like(ids).tobytes(), headers
 
 
-def check(target: Target, question: Question, predictor: Predictor) -> None:
-    """Raises ClickException unless the target gives the runtime's answer."""
-    url, body, headers = payload(target, question)
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=_START_SECONDS) as response:
-        content, size = response.read(), response.headers.get("Inference-Header-Content-Length")
-    if target.protocol == "fill-mask":
-        masks = json.loads(content)["answers"][0]["masks"]
-        wanted = predictor.texts([question.text])[0]["masks"]
-        same = [[t["id"] for t in mask] for mask in masks] == [[t["id"] for t in mask] for mask in wanted]
-    else:
-        logits = predictor.runtime.run(input_ids=np.array([question.ids]))["logits"]
-        got = np.frombuffer(content[int(size) :], np.float32)
-        same = got.size == logits.size and bool(np.allclose(got, logits.ravel(), atol=1e-3))
-    if not same:
-        raise click.ClickException(f"{target.name} gives another answer than the runtime to {question.text!r}: not timed")
+def expected(predictor: Predictor, question: Question) -> dict[str, Any]:
+    """The runtime's answer by protocol: the logits, and of a fill-mask model the best tokens' ids for each mask."""
+    answers: dict[str, Any] = {"v2": predictor.runtime.run(input_ids=np.array([question.ids]))["logits"].ravel()}
+    if predictor.task == "fill-mask":
+        answers["fill-mask"] = [[token["id"] for token in mask] for mask in predictor.texts([question.text])[0]["masks"]]
+    return answers
+
+
+def check(target: Target, checks: list[tuple[Question, dict[str, Any]]]) -> None:
+    """Raises ClickException unless the target gives the runtime's answers."""
+    for question, wanted in checks:
+        url, body, headers = payload(target, question)
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=_START_SECONDS) as response:
+            content, size = response.read(), response.headers.get("Inference-Header-Content-Length")
+        if target.protocol == "fill-mask":
+            same = [[token["id"] for token in mask] for mask in json.loads(content)["answers"][0]["masks"]] == wanted["fill-mask"]
+        else:
+            got = np.frombuffer(content[int(size) :], np.float32)
+            same = got.size == wanted["v2"].size and bool(np.allclose(got, wanted["v2"], atol=1e-3))
+        if not same:
+            raise click.ClickException(f"{target.name} gives another answer than the runtime to {question.text!r}: not timed")
 
 
 async def load(target: Target, asked: list[Question], rate: float, seconds: float, seed: int) -> Outcome:
@@ -148,7 +164,7 @@ async def load(target: Target, asked: list[Question], rate: float, seconds: floa
     outcomes: Counter[str] = Counter()
     before = batches(target)
     connector = aiohttp.TCPConnector(limit=900, keepalive_timeout=30)  # no more than the server takes at once
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60)) as session:
+    async with aiohttp.ClientSession(connector=connector, headers=_HEADERS, timeout=aiohttp.ClientTimeout(total=60)) as session:
 
         async def send(when: float, url: str, body: bytes, headers: dict[str, str]) -> None:
             late.append(time.perf_counter() - when)
@@ -212,20 +228,32 @@ def good(outcome: Outcome, limit_ms: float) -> bool:
 
 
 def highest_rate(run: Callable[[float], Outcome], limit_ms: float, first: float, steps: int) -> list[Outcome]:
-    """Double the rate until it is too much, then halve the distance so often. Every run is returned, in order."""
-    runs = [run(first)]
-    if good(runs[0], limit_ms):
-        while good(runs[-1], limit_ms) and runs[-1].rate < _MAX_RATE:
-            runs.append(run(runs[-1].rate * 1.5))
-        low, high = runs[-2].rate, runs[-1].rate
-    else:
-        while not good(runs[-1], limit_ms) and runs[-1].rate > 1:
-            runs.append(run(runs[-1].rate / 1.5))
-        low, high = runs[-1].rate, runs[-2].rate
+    """Go up from the first rate until it is too much, or down until it is not, then halve the distance so often.
+
+    A rate is too much when it is so twice: a machine that stalls for a moment is not the server's doing. Every run is returned, in
+    order; none of them is good where the server is too slow at any rate.
+    """
+    runs: list[Outcome] = []
+
+    def met(rate: float) -> bool:
+        for _ in range(2):
+            runs.append(run(rate))
+            if good(runs[-1], limit_ms):
+                return True
+        return False
+
+    rate, up, factor = first, met(first), _NEAR
+    while True:
+        further = min(max(rate * (factor if up else 1 / factor), _RATES[0]), _RATES[1])
+        if further == rate:
+            return runs
+        if met(further) != up:
+            break
+        rate, factor = further, factor * factor
+    low, high = sorted((rate, further))
     for _ in range(steps):
         middle = math.sqrt(low * high)
-        runs.append(run(middle))
-        low, high = (middle, high) if good(runs[-1], limit_ms) else (low, middle)
+        low, high = (middle, high) if met(middle) else (low, middle)
     return runs
 
 
@@ -253,9 +281,33 @@ def started(name: str, command: list[str], port: int, log: Path) -> Iterator[psu
         process.wait(_START_SECONDS)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+@contextlib.contextmanager
+def target(name: str, bundle: Path, folder: Path, serve_options: Sequence[str] = ()) -> Iterator[Target]:
+    """The server of this name of SERVERS, from when it is ready to its end. folder: for its log."""
+    log = folder / f"{name}.log"
+    if name in ("triton", "ray"):
+        with triton_url(bundle, folder, log) if name == "triton" else ray(bundle, log, replicas=_REPLICAS) as url:
+            yield Target(name, "v2", f"{url}/v2/models/mra")
+        return
+    port = free_port()
+    command = [sys.executable, str(HERE / "serve_naive.py"), str(bundle), str(port)]
+    if name != "naive":
+        command = [sys.executable, "-c", "from mra_export.cli import main; main()", "serve", str(bundle), "--port", str(port)]
+        command += ["--name", "mra", *serve_options]
+    with started(name, command, port, log) as process:
+        protocol, path = ("v2", "/v2/models/mra") if name == "serve-v2" else ("fill-mask", "/v1/fill-mask")
+        yield Target(name, protocol, f"http://127.0.0.1:{port}{path}", process)
+
+
+@contextlib.contextmanager
+def triton_url(bundle: Path, folder: Path, log: Path) -> Iterator[str]:
+    from mra_export import Bundle
+    from mra_export.serve.triton import TritonOptions, write_repository
+
+    options = TritonOptions("python", instances=_REPLICAS)
+    write_repository(Bundle.load(bundle), folder / "repository", options)
+    with triton(folder / "repository", log) as (url, _):
+        yield url
 
 
 def shared_memory() -> int:
@@ -273,27 +325,56 @@ def holds(target: Target) -> dict[str, int]:
     }
 
 
+async def most(target: Target, asked: list[Question], seconds: float) -> float:
+    """Requests a second that so many callers get answered, each with its next request when the last is answered."""
+    count, start = 0, time.perf_counter()
+    async with aiohttp.ClientSession(headers=_HEADERS) as session:
+
+        async def caller(first: int) -> None:
+            nonlocal count
+            for number in range(first, 10**9, _CALLERS):
+                await answered(session, payload(target, asked[number % len(asked)]))
+                if time.perf_counter() - start > seconds:
+                    return
+                count += 1
+
+        await asyncio.gather(*map(caller, range(_CALLERS)))
+    return count / seconds
+
+
+async def answered(session: aiohttp.ClientSession, request: tuple[str, bytes, dict[str, str]]) -> int:
+    """Wait for the whole answer; its status."""
+    url, body, headers = request
+    async with session.post(url, data=body, headers=headers) as response:
+        await response.read()
+        return response.status
+
+
 async def soak(target: Target, asked: list[Question], count: int, seconds: float, callers: int) -> dict[str, Any]:
     """So many callers, each with its next request when the last is answered, until so many requests or seconds are over.
 
-    The first fifth warms up; what the server holds after it and at every further tenth is compared.
+    The first fifth warms up; what the server holds after it and at every further tenth is compared. A caller whose connection the
+    server closed, as it does with idle ones, opens another: while a machine is stopped, all are idle.
     """
-    left, done = iter(range(count)), 0
+    left, done, reconnected = iter(range(count)), 0, 0
     errors: Counter[str] = Counter()
     marks: list[dict[str, int]] = []
     start = time.perf_counter()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=callers)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=callers), headers=_HEADERS) as session:
 
         async def caller() -> None:
-            nonlocal done
+            nonlocal done, reconnected
             for number in left:
                 if time.perf_counter() - start > seconds:
                     return
-                url, body, headers = payload(target, asked[number % len(asked)])
-                async with session.post(url, data=body, headers=headers) as response:
-                    await response.read()
-                    if response.status != 200:
-                        errors[f"HTTP {response.status}"] += 1
+                request = payload(target, asked[number % len(asked)])
+                try:
+                    status = await answered(session, request)
+                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                    reconnected += 1
+                    status = await answered(session, request)
+                if status != 200:
+                    errors[f"HTTP {status}"] += 1
                 done += 1
                 if done % max(1, count // 10) == 0 and done >= count // 5:
                     marks.append({"requests": done, **holds(target)})
@@ -306,6 +387,7 @@ async def soak(target: Target, asked: list[Question], count: int, seconds: float
         "requests": done,
         "seconds": round(time.perf_counter() - start, 1),
         "errors": dict(errors),
+        "reconnected": reconnected,
         "marks": marks,
         "growth": round(max(mark["rss_bytes"] for mark in marks) / first["rss_bytes"] - 1, 4),
         "leaked": {name: last[name] - first[name] for name in ("threads", "files", "shared_memory")},
@@ -342,7 +424,7 @@ def line(name: str, outcome: Outcome) -> str:
 @click.command(help=__doc__)
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--target", "others", multiple=True, callback=lambda c, p, v: [parse_target(t) for t in v], help="NAME=PROTOCOL=URL")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="fill-mask", show_default=True, help="For `mra-export serve`.")
+@click.option("--server", "servers", multiple=True, type=click.Choice(SERVERS), default=("serve", "naive"), show_default=True)
 @click.option(
     "--corpus", type=click.Path(path_type=Path, exists=True), default=HERE.parent / "mra_export", help="Texts to ask about."
 )
@@ -351,7 +433,7 @@ def line(name: str, outcome: Outcome) -> str:
 @click.option("--limit-ms", type=float, default=100, show_default=True, help="What the 99th percentile must stay below.")
 @click.option("--seconds", type=float, default=6, show_default=True, help="Of each run.")
 @click.option("--steps", type=int, default=3, show_default=True, help="Runs that narrow the highest rate down.")
-@click.option("--first-rate", type=float, default=80, show_default=True)
+@click.option("--first-rate", type=float, help="Where the search begins; default 0.8 of what many callers at once get answered.")
 @click.option("--rate", "rates", type=float, multiple=True, help="In place of the search: only these rates, several times.")
 @click.option(
     "--serve-option", "serve_options", multiple=True, help="Handed to `mra-export serve`, such as --serve-option=--workers=1"
@@ -363,14 +445,14 @@ def line(name: str, outcome: Outcome) -> str:
 def main(
     bundle: Path,
     others: list[Target],
-    protocol: str,
+    servers: tuple[str, ...],
     corpus: Path,
     median: float,
     spread: float,
     limit_ms: float,
     seconds: float,
     steps: int,
-    first_rate: float,
+    first_rate: float | None,
     rates: tuple[float, ...],
     serve_options: tuple[str, ...],
     seed: int,
@@ -378,91 +460,102 @@ def main(
     soak_seconds: float,
     json_file: Path | None,
 ) -> None:
+    for name, why in (("triton", why_no_triton()), ("ray", why_no_ray())):
+        if name in servers and why is not None:
+            raise click.ClickException(why)
+    runtime = MraRuntime.load(bundle, "onnxruntime")
+    predictor = Predictor(runtime)
+    asked = questions(bundle, corpus, 600, median, spread, runtime.bundle.manifest.model.max_position_embeddings, seed)
+    checks = [(question, expected(predictor, question)) for question in asked[:8]]
+    runtime.close()  # the rest of the time belongs to the servers
+    lengths = [len(question.ids) for question in asked]
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "lengths": {
+            "median": statistics.median(lengths),
+            "mean": round(statistics.mean(lengths), 1),
+            "p95": float(np.percentile(lengths, 95)),
+            "longest": max(lengths),
+        },
+        "limit_ms": limit_ms,
+        "seconds": seconds,
+        "serve_options": list(serve_options),
+    }
+    click.echo(f"{len(asked)} texts, tokens: {results['lengths']}")
     failed: list[str] = []
-    with MraRuntime.load(bundle, "onnxruntime") as runtime:
-        predictor = Predictor(runtime)
-        longest = runtime.bundle.manifest.model.max_position_embeddings
-        asked = questions(bundle, corpus, 600, median, spread, longest, seed)
-        lengths = [len(question.ids) for question in asked]
-        results: dict[str, Any] = {
-            "machine": machine(),
-            "lengths": {
-                "median": statistics.median(lengths),
-                "mean": round(statistics.mean(lengths), 1),
-                "p95": float(np.percentile(lengths, 95)),
-                "longest": max(lengths),
-            },
-            "limit_ms": limit_ms,
-            "seconds": seconds,
-            "serve_options": list(serve_options),
-            "protocol": protocol,
-        }
-        click.echo(f"{len(asked)} texts, tokens: {results['lengths']}")
-        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            targets = []
-            port = free_port()
-            mra = [sys.executable, "-c", "from mra_export.cli import main; main()", "serve", str(bundle), "--port", str(port)]
-            mra += ["--name", "mra", *serve_options]
-            process = stack.enter_context(started("mra-export serve", mra, port, Path(folder) / "serve.log"))
-            path = "/v1/fill-mask" if protocol == "fill-mask" else "/v2/models/mra"
-            targets.append(Target("serve", protocol, f"http://127.0.0.1:{port}{path}", process))
-            if soak_count is None:
-                port = free_port()
-                naive = [sys.executable, str(HERE / "serve_naive.py"), str(bundle), str(port)]
-                process = stack.enter_context(started("naive", naive, port, Path(folder) / "naive.log"))
-                targets.append(Target("naive", "fill-mask", f"http://127.0.0.1:{port}/v1/fill-mask", process))
-            targets += others
-            for target in targets:
-                for question in asked[:8]:
-                    check(target, question, predictor)
-            runtime.close()  # the rest of the time belongs to the servers
-            if soak_count is not None:
-                results["soak"] = uvloop.run(soak(targets[0], asked, soak_count, soak_seconds, 16))
-                click.echo(json.dumps(results["soak"], indent=1))
-                failed = leaks(results["soak"])
-            else:
-                results["servers"] = {}
-                for target in targets:
-                    results["servers"][target.name] = measure_target(
-                        target, asked, limit_ms, seconds, first_rate, steps, seed, rates
-                    )
-                summary = {name: server["best"] for name, server in results["servers"].items()}
-                if summary["serve"] and summary["naive"] and not rates:
-                    ratio = summary["serve"]["throughput"] / summary["naive"]["throughput"]
-                    results["times_the_naive_throughput"] = round(ratio, 2)
-                    click.echo(f"serve answers {ratio:.2f} times as many requests as naive with p99 below {limit_ms:g} ms")
+
+    def soaked(server: Target) -> None:
+        results["soak"] = uvloop.run(soak(server, asked, soak_count or 0, soak_seconds, _CALLERS))
+        click.echo(json.dumps(results["soak"], indent=1))
+        failed.extend(leaks(results["soak"]))
+
+    def measured(server: Target) -> None:
+        check(server, checks)
+        measure = Measure(server, asked, limit_ms, seconds, seed)
+        results.setdefault("servers", {})[server.name] = measure.at(rates) if rates else measure.search(first_rate, steps)
+
+    use = measured if soak_count is None else soaked
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in servers if soak_count is None else ("serve",):
+            with target(name, bundle, Path(scratch), serve_options) as server:
+                use(server)
+        for server in others:
+            use(server)
+    if soak_count is None and not rates:
+        summarize(results)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if failed:
         raise click.ClickException(", ".join(failed))
 
 
-def measure_target(
-    target: Target,
-    asked: list[Question],
-    limit_ms: float,
-    seconds: float,
-    first_rate: float,
-    steps: int,
-    seed: int,
-    rates: tuple[float, ...] = (),
-) -> dict[str, Any]:
-    def run(rate: float) -> Outcome:
-        outcome = uvloop.run(load(target, asked, rate, seconds, seed))
-        click.echo(line(target.name, outcome))
+@dataclass(frozen=True)
+class Measure:
+    """Runs of so many seconds on one server."""
+
+    server: Target
+    asked: list[Question]
+    limit_ms: float
+    seconds: float
+    seed: int
+
+    def at(self, rates: Sequence[float]) -> dict[str, Any]:
+        uvloop.run(most(self.server, self.asked, 1.0))  # warm
+        return self._report([self._run(rate) for rate in rates])
+
+    def search(self, first_rate: float | None, steps: int) -> dict[str, Any]:
+        """Raises ClickException where `mra-export serve` answers overload with anything but "busy"."""
+        closed = uvloop.run(most(self.server, self.asked, min(3.0, self.seconds)))
+        click.echo(f"{self.server.name:>8} {closed:8.1f}/s with {_CALLERS} callers at once")
+        report = self._report(highest_rate(self._run, self.limit_ms, first_rate or 0.8 * closed, steps))
+        report["closed_loop"] = round(closed, 1)
+        if self.server.name == "serve" and report["best"] is not None:
+            click.echo("more than it can do:")
+            overload = self._run(report["best"]["rate"] * 2.5)
+            report["overload"] = asdict(overload)
+            if set(overload.errors) - {"busy"}:
+                raise click.ClickException(f"under overload there were errors other than busy: {overload.errors}")
+        return report
+
+    def _run(self, rate: float) -> Outcome:
+        outcome = uvloop.run(load(self.server, self.asked, rate, self.seconds, self.seed))
+        click.echo(line(self.server.name, outcome))
         return outcome
 
-    uvloop.run(load(target, asked, first_rate / 4, 2.0, seed))  # warm
-    runs = [run(rate) for rate in rates] or highest_rate(run, limit_ms, first_rate, steps)
-    found = best(runs, limit_ms)
-    measured: dict[str, Any] = {"best": asdict(found) if found else None, "runs": [asdict(outcome) for outcome in runs]}
-    if target.name == "serve" and found and not rates:
-        click.echo("more than it can do:")
-        overload = run(found.rate * 2.5)
-        measured["overload"] = asdict(overload)
-        if set(overload.errors) - {"busy"}:
-            raise click.ClickException(f"under overload there were errors other than busy: {overload.errors}")
-    return measured
+    def _report(self, runs: list[Outcome]) -> dict[str, Any]:
+        found = best(runs, self.limit_ms)
+        if found is None:
+            click.echo(f"{self.server.name:>8}: none met the limit of {self.limit_ms:g} ms")
+        return {"best": asdict(found) if found else None, "runs": [asdict(outcome) for outcome in runs]}
+
+
+def summarize(results: dict[str, Any]) -> None:
+    """How many times the naive server's throughput each has, where both met the limit."""
+    found = {name: server["best"]["throughput"] for name, server in results["servers"].items() if server["best"] is not None}
+    if "naive" in found:
+        results["times_the_naive_throughput"] = {name: round(rate / found["naive"], 2) for name, rate in found.items()}
+        for name, times in results["times_the_naive_throughput"].items():
+            click.echo(f"{name:>8} {found[name]:8.1f}/s, {times:.2f} times naive, with p99 below {results['limit_ms']:g} ms")
 
 
 if __name__ == "__main__":

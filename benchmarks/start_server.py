@@ -152,7 +152,7 @@ def _triton_python(scratch: Path) -> tuple[Path, dict[str, str]]:
 def _running(command: list[object], environment: dict[str, str], log: Path, ready: str) -> Iterator[None]:
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [str(part) for part in command], env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            [str(part) for part in command], env=environment, stdout=stream, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
     try:
         _wait(process, ready, log)

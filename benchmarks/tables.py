@@ -1,4 +1,4 @@
-"""Turns the results of cpu_attention.py into markdown tables, so that no figure in the docs is typed by hand.
+"""Turns the results of cpu_attention.py and serve_load.py into markdown tables, so that no figure in the docs is typed by hand.
 
     python benchmarks/tables.py benchmarks/results/cpu-attention.json --table peers
 
@@ -30,6 +30,13 @@ NAMES = {
     "reference": "torch reference",
     "reference_compiled": "torch reference, compiled",
     "matmul": "large matrix product",
+}
+SERVERS = {
+    "serve": "`mra-export serve`, text",
+    "naive": "naive, text",
+    "serve-v2": "`mra-export serve`, protocol v2",
+    "triton": "Triton, python backend, protocol v2",
+    "ray": "Ray Serve, protocol v2",
 }
 _MARKED = re.compile(r"(<!-- (benchmarks/results/\S+\.json) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -130,17 +137,90 @@ def machine_line(results: Results) -> str:
     )
 
 
+def load_table(results: Results) -> str:
+    """Each server at the highest rate at which it met the limit."""
+    lines = []
+    for name, server in results["servers"].items():
+        best = server["best"]
+        if best is None:
+            slowest = min(server["runs"], key=lambda run: float(run["rate"]))
+            lines.append([SERVERS[name], f"none met the limit: p99 {slowest['p99_ms']:.0f} ms at {slowest['rate']:.0f}", *[""] * 6])
+            continue
+        calls = sum(best["batches"].values())
+        times = results.get("times_the_naive_throughput", {}).get(name)
+        cells = [SERVERS[name], f"{best['throughput']:.0f}", *(f"{best[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms"))]
+        cells += [f"{best['answered'] / calls:.2f}" if calls else "-", f"{times:.2f}" if times else "-"]
+        lines.append([*cells, f"{server['closed_loop']:.0f}"])
+    header = [
+        "server",
+        "requests/s",
+        "p50, ms",
+        "p95",
+        "p99",
+        "requests a call",
+        "times the naive",
+        "16 callers at once, requests/s",
+    ]
+    return _table(header, lines)
+
+
+def load_line(results: Results) -> str:
+    """The HTTP server beside the naive one."""
+    serve, naive = (results["servers"][name]["best"] for name in ("serve", "naive"))
+    closed = " and ".join(f"{results['servers'][name]['closed_loop']:.0f}" for name in ("serve", "naive"))
+    times = results["times_the_naive_throughput"]["serve"]
+    rates = f"{serve['throughput']:.0f} requests/s beside {naive['throughput']:.0f}, {times:.2f} times as many"
+    tails = f"p99 {serve['p99_ms']:.0f} and {naive['p99_ms']:.0f} ms"
+    return f"- {rates} ({tails}; {closed} with 16 callers at once; commit {results['machine']['commit']})"
+
+
+def overload_line(results: Results) -> str:
+    """What the HTTP server did with more than it can do."""
+    run = results["servers"]["serve"]["overload"]
+    refused = ", ".join(f"{count} refused as {kind}" for kind, count in run["errors"].items()) or "none refused"
+    return (
+        f"Of {run['sent']} requests at {run['rate']:.0f}/s {run['answered']} were answered, {run['throughput']:.0f}/s, {refused}."
+    )
+
+
+def load_machine_line(results: Results) -> str:
+    """What the servers were measured on and asked."""
+    about, lengths = results["machine"], results["lengths"]
+    return (
+        f"{about['cpu']}, {about['cores']} cores, which the client shares; {lengths['mean']:.0f} tokens on average, half up to "
+        f"{lengths['median']:.0f}, the longest {lengths['longest']}; p99 at most {results['limit_ms']:.0f} ms in runs of "
+        f"{results['seconds']:g} s; onnxruntime {about['onnxruntime']}; commit {about['commit']}."
+    )
+
+
+def soak_line(results: Results) -> str:
+    """What a server held after so many requests."""
+    soak = results["soak"]
+    leaked = ", ".join(f"{count:+d} {name.replace('_', ' ')}" for name, count in soak["leaked"].items())
+    errors = ", ".join(f"{count} {kind}" for kind, count in soak["errors"].items()) or "no error"
+    return f"{soak['requests']:,} requests in {soak['seconds']:.0f} s: {errors}, memory at most {soak['growth']:+.2%}, {leaked}."
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "machine": machine_line,
     "peers": peers_table,
     "lengths": lengths_table,
     "dtypes": dtypes_table,
     "threads": threads_table,
+    "load": load_table,
+    "load_line": load_line,
+    "load_machine": load_machine_line,
+    "overload": overload_line,
+    "soak": soak_line,
 }
 
 
 def markdown(results: Results) -> str:
     """Every table that these results have something to say in."""
+    if "servers" in results:
+        return "\n\n".join(TABLES[name](results) for name in ("load", "load_machine"))
+    if "soak" in results:
+        return soak_line(results)
     names = ["machine", "peers"]
     names += [f"{axis}s" for axis in ("length", "dtype") if len({row[axis] for row in results["results"]}) > 1]
     names += ["threads"] if len({row["threads"] for row in results["results"]}) > 1 else []

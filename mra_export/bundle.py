@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from mra_export.contract import ATTRIBUTE_NAMES, CONTRACT_VERSION, PRECISIONS, Attributes
+from mra_export.contract import ATTRIBUTE_NAMES, CONTRACT_VERSION, INT8, PRECISIONS, Attributes
 from mra_export.errors import BundleError, ContractError
 
 SCHEMA_VERSION = 1
@@ -155,6 +155,21 @@ class Manifest(_Strict):
     def operator_attributes(self) -> Attributes:
         """`attributes` as the contract's dataclass."""
         return Attributes(**self.attributes)  # type: ignore[arg-type]
+
+    @property
+    def token_outputs(self) -> list[str]:
+        """Names of the outputs with an entry per token: their first axes are those of input_ids."""
+        axes = self.inputs[0].axes
+        return [tensor.name for tensor in self.outputs if tensor.axes[: len(axes)] == axes]
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether the graph can be had for chosen tokens only (token_graph.py), with the same answers.
+
+        Not in 16 bits, which ONNX Runtime then rounds at other places, nor in int8 with scales taken from all tokens of a call.
+        """
+        dynamic = self.quantization is not None and self.quantization.method == "dynamic"
+        return self.dtype in ("fp32", INT8) and not dynamic and len(self.outputs) == len(self.token_outputs) == 1
 
 
 class Bundle:

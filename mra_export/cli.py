@@ -621,7 +621,9 @@ def run(
 @click.option("--max-delay-ms", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Wait for a larger batch.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
 @click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True, help="Copies of the model, per GPU.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one call in ONNX Runtime; default its own.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of one call in ONNX Runtime; default its own, for python a share."
+)
 @click.option("--tokenizer", is_flag=True, help="Also write NAME-text, an ensemble that takes text.")
 @click.option("--mount", default="/models", show_default=True, help="Where the server sees REPO: an absolute path.")
 @click.option("--force", is_flag=True, help="Overwrite a model repository that is at REPO.")

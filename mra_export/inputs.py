@@ -103,6 +103,18 @@ class InputSpec:
                 raise ContractError(f"{name} has shape {tuple(value.shape)}, input_ids {shape}: pass {what} of the same shape")
 
 
+def check_tokens(tokens: Any, shape: tuple[int, ...]) -> Integers:
+    """Token numbers as `MraRuntime.run` takes them -> the same, int64. Raises ContractError."""
+    numbers = np.asarray(tokens)
+    count = int(np.prod(shape))
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not numbers.size:
+        raise ContractError(f"tokens has shape {numbers.shape} and dtype {numbers.dtype}: pass one axis of integers, at least one")
+    if numbers.min() < 0 or numbers.max() >= count:
+        wrong = numbers.min() if numbers.min() < 0 else numbers.max()
+        raise ContractError(f"tokens holds {wrong}, input_ids of shape {shape} has {count}: pass numbers from 0 to {count - 1}")
+    return numbers.astype(np.int64)
+
+
 def stacked(requests: Sequence[Mapping[str, Integers]]) -> dict[str, Integers]:
     """Inputs of several requests, (rows, length) or (rows, choices, length) each -> their rows below each other, padded at the end
     with masked tokens to the longest.

@@ -23,10 +23,13 @@ POOLINGS = ("none", "mean", "first")
 
 @dataclass(frozen=True)
 class Prompt:
-    """inputs: one row, (1, length) or (1, choices, length) int64. answer: makes it of that row's outputs, (1, ...)."""
+    """inputs: one row, (1, length) or (1, choices, length) int64. answer: makes it of that row's outputs, (1, ...), or, where
+    tokens, (chosen,) int64, names those whose outputs it takes, of their outputs, (chosen, ...).
+    """
 
     inputs: dict[str, Integers]
     answer: Callable[[Outputs], dict[str, Any]]
+    tokens: Integers | None = None
 
 
 class Predictor:
@@ -46,9 +49,11 @@ class Predictor:
             raise ContractError(f"this bundle's task is {self.task}: pass {wants}")
         prompts = [self.text(text) for text in texts]
         outputs = self.runtime.run(**stacked([prompt.inputs for prompt in prompts]))
-        return [
-            prompt.answer({name: value[row : row + 1] for name, value in outputs.items()}) for row, prompt in enumerate(prompts)
-        ]
+        answers = []
+        for row, prompt in enumerate(prompts):
+            part: Any = slice(row, row + 1) if prompt.tokens is None else (row, prompt.tokens)
+            answers.append(prompt.answer({name: value[part] for name, value in outputs.items()}))
+        return answers
 
     def answer(self, question: str, context: str) -> dict[str, Any]:
         """The span of the context that answers the question: answer, start and end characters, score."""
@@ -72,11 +77,8 @@ class Predictor:
         ids = inputs["input_ids"][0]
         if self.task == "fill-mask":
             self._check_mask(text, ids)
-            size = len(ids)
-            return Prompt(
-                inputs,
-                lambda outputs: {"text": text, "masks": fill_mask(self.tokenizer, ids, outputs["logits"][0, :size], top)},
-            )
+            masks = np.flatnonzero(ids == self.tokenizer.mask_id)
+            return Prompt(inputs, lambda outputs: {"text": text, "masks": fill_mask(self.tokenizer, outputs["logits"], top)}, masks)
         if self.task == "text-classification":
             return Prompt(inputs, lambda outputs: {"text": text, "labels": class_scores(outputs["logits"][0], self.labels)})
         if self.task == "token-classification":

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mra_export import parity
-from mra_export.backends import CudaBackend
+from mra_export.backends import CudaBackend, TokenBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.contract import INT8, TOLERANCES, float_dtype
 from mra_export.errors import BackendError, ContractError, ParityError
-from mra_export.inputs import InputSpec, is_torch, like
+from mra_export.inputs import InputSpec, Integers, check_tokens, is_torch, like
 
 if TYPE_CHECKING:
     from mra_export.backends import Backend
@@ -60,6 +60,7 @@ class MraRuntime:
         engine: str | None = None,
         allow_embedded_plugin: bool = False,
         cuda_graphs: bool = False,
+        chosen_tokens: bool = False,
     ) -> MraRuntime:
         """Check a bundle's files and contract version, then load it.
 
@@ -70,6 +71,8 @@ class MraRuntime:
         function body, which needs N x N memory, and torch the reference attention.
         intra_op_threads: threads of one ONNX Runtime call; torch has its own torch.set_num_threads.
         engine, allow_embedded_plugin, cuda_graphs: for tensorrt, see backends/tensorrt.py.
+        chosen_tokens: for ONNX Runtime, load the graph so that `run` with `tokens` does no more than these tokens need; for the
+        bundles of Manifest.chooses_tokens.
 
         Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (a library),
         EngineError (an engine does not fit this machine; the message has the command that rebuilds it).
@@ -79,6 +82,8 @@ class MraRuntime:
         _check_choice("device", device, DEVICES)
         if intra_op_threads is not None and intra_op_threads < 1:
             raise ContractError(f"intra_op_threads is {intra_op_threads}: it must be 1 or more")
+        if chosen_tokens and backend not in ("auto", "onnxruntime"):
+            raise ContractError(f"chosen_tokens is for ONNX Runtime, backend is {backend!r}: `run` takes tokens without it too")
         if backend != "tensorrt" and (engine is not None or allow_embedded_plugin or cuda_graphs):
             raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'")
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
@@ -96,12 +101,14 @@ class MraRuntime:
                     "engine without the operator's library"
                 )
             return cls(loaded, _tensorrt(loaded, device, engine, allow_embedded_plugin, cuda_graphs))
-        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads))
+        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads, chosen_tokens))
 
-    def run(self, **arrays: Any) -> dict[str, Any]:
+    def run(self, *, tokens: Any = None, **arrays: Any) -> dict[str, Any]:
         """Run the model once. Give input_ids and, where wanted, attention_mask (1 = real token) and token_type_ids.
 
         Each is a numpy array or torch tensor of integers, (batch, length), or (batch, choices, length) for multiple choice.
+        tokens: (chosen,) integers, for bundles whose outputs have an entry per token: the tokens, numbered through (batch, length),
+        whose entries are wanted; outputs are then (chosen, ...). None: all, (batch, length, ...).
         Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, CUDA
         tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
         bfloat16 outputs come as float32 arrays. Raises ContractError for inputs the model cannot take.
@@ -111,9 +118,26 @@ class MraRuntime:
             raise BackendError(f"{self.bundle.path}: this runtime is closed, load it again")
         ids = arrays.get("input_ids")
         if ids is not None and is_torch(ids) and ids.is_cuda and isinstance(running, CudaBackend):
-            return running.run_cuda(self._inputs.prepare_tensors(arrays))
+            outputs = running.run_cuda(self._inputs.prepare_tensors(arrays))
+            return outputs if tokens is None else self._chosen(outputs, self.check_tokens(tokens, tuple(ids.shape)))
         prepared = self._inputs.prepare(arrays)
-        return like(running.run(prepared), ids)
+        if tokens is None:
+            return like(running.run(prepared), ids)
+        tokens = self.check_tokens(tokens, prepared["input_ids"].shape)
+        if isinstance(running, TokenBackend):
+            return like(running.run_tokens(prepared, tokens), ids)
+        return self._chosen(like(running.run(prepared), ids), tokens)
+
+    def _chosen(self, outputs: dict[str, Any], tokens: Integers) -> dict[str, Any]:
+        axes = self._inputs.rank
+        return {name: value.reshape(-1, *value.shape[axes:])[tokens] for name, value in outputs.items()}
+
+    def check_tokens(self, tokens: Any, shape: tuple[int, ...]) -> Integers:
+        """What `run` takes as `tokens` for inputs of this shape, as int64. Raises ContractError."""
+        manifest = self.bundle.manifest
+        if whole := [tensor.name for tensor in manifest.outputs if tensor.name not in manifest.token_outputs]:
+            raise ContractError(f"{', '.join(whole)} has no entry per token: leave tokens out")
+        return check_tokens(tokens, shape)
 
     def check(self, **arrays: Any) -> dict[str, npt.NDArray[np.int64]]:
         """What `run` would give to the model: one int64 array per graph input, with what was left out filled in.
@@ -182,9 +206,7 @@ def input_spec(bundle: Bundle) -> InputSpec:
 
 def real_positions(bundle: Bundle, output: str, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_] | None:
     """For an output with one entry per token, (B, N) bool, True at real tokens; None for an output with one entry per text."""
-    token_axes = bundle.manifest.inputs[0].axes
-    axes = next((tensor.axes for tensor in bundle.manifest.outputs if tensor.name == output), [])
-    if axes[: len(token_axes)] != token_axes:
+    if output not in bundle.manifest.token_outputs:
         return None
     return np.asarray(inputs["attention_mask"]).astype(bool)
 
@@ -236,10 +258,10 @@ def _tensorrt(bundle: Bundle, device: str, engine: str | None, allow_embedded_pl
     return TensorRtBackend(bundle, engine=engine, allow_embedded_plugin=allow_embedded_plugin, cuda_graphs=cuda_graphs)
 
 
-def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None) -> Backend:
+def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None, chosen_tokens: bool) -> Backend:
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
-    from mra_export.backends.onnx_runtime import OnnxRuntimeBackend
+    from mra_export.backends.onnx_runtime import OnnxRuntimeBackend, TokenOnnxRuntimeBackend
 
     if device == "cuda" and bundle.manifest.dtype == INT8:
         raise BackendError("an int8 bundle's graph is for CPUs: use device 'cpu', or export with --dtype fp16 for a GPU")
@@ -251,10 +273,18 @@ def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_th
                 "or pass use_op_library=False (slower, same answer)"
             )
         library = bundle.file(OP_LIBRARY)
-    return OnnxRuntimeBackend(
-        bundle.file(MODEL),
-        dtype=float_dtype(bundle.manifest.dtype),
-        library=library,
-        device=device,
-        intra_op_threads=intra_op_threads,
-    )
+    manifest = bundle.manifest
+    options: dict[str, Any] = {
+        "dtype": float_dtype(manifest.dtype),
+        "library": library,
+        "device": device,
+        "intra_op_threads": intra_op_threads,
+    }
+    if not chosen_tokens:
+        return OnnxRuntimeBackend(bundle.file(MODEL), **options)
+    if not manifest.chooses_tokens:
+        raise ContractError(
+            f"{bundle.path}: chosen_tokens is for fp32 and calibrated int8 bundles with one output that has an entry per token, "
+            f"not for {manifest.dtype}, {manifest.task}: leave it out"
+        )
+    return TokenOnnxRuntimeBackend(bundle.file(MODEL), hidden_size=manifest.model.hidden_size, **options)

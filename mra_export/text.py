@@ -126,11 +126,11 @@ class Tokenizer:
         return list(encodings)
 
 
-def fill_mask(tokenizer: Tokenizer, ids: npt.NDArray[np.int64], logits: Logits, top: int = 5) -> list[list[dict[str, Any]]]:
-    """ids: (length,), logits: (length, vocabulary). For each mask token of one text, the best: token, id, score (probability)."""
+def fill_mask(tokenizer: Tokenizer, logits: Logits, top: int = 5) -> list[list[dict[str, Any]]]:
+    """logits: (masks, vocabulary). For each mask token of one text, the best: token, id, score (probability)."""
     answers = []
-    for position in np.flatnonzero(ids == tokenizer.mask_id):
-        scores = _softmax(logits[position])
+    for row in logits:
+        scores = _softmax(row)
         least = np.partition(scores, -min(top, scores.size))[-min(top, scores.size)]
         good = np.flatnonzero(scores >= least)  # a few, where sorting the whole vocabulary would take longer than the model
         best = good[np.argsort(-scores[good], kind="stable")][:top]

@@ -115,6 +115,36 @@ def test_a_page_gets_its_tables_from_the_results(script, results, tmp_path) -> N
     assert tables.updated(new, tmp_path) == new
 
 
+def test_load_tables_say_what_the_results_say(script) -> None:
+    tables = script("tables")
+    run = {"rate": 210.0, "sent": 620, "answered": 600, "errors": {}, "throughput": 200.4, "p50_ms": 9.6, "p95_ms": 40.2}
+    good = {**run, "p99_ms": 62.4, "batches": {"1": 300, "2": 100}}
+    slow = {**run, "rate": 1.0, "p99_ms": 180.0, "batches": {}}
+    results = {
+        "machine": {"cpu": "Test CPU", "cores": 2, "onnxruntime": "1.0", "commit": "abc"},
+        "lengths": {"median": 30.0, "mean": 42.3, "longest": 371},
+        "limit_ms": 100.0,
+        "seconds": 6.0,
+        "servers": {
+            "serve": {"best": good, "runs": [good], "closed_loop": 290.1, "overload": {**good, "errors": {"busy": 20}}},
+            "naive": {"best": {**good, "throughput": 100.2, "batches": {}}, "runs": [], "closed_loop": 150.0},
+            "ray": {"closed_loop": 30.0, "best": None, "runs": [{**slow, "rate": 40.0}, slow]},
+        },
+        "times_the_naive_throughput": {"serve": 2.0, "naive": 1.0},
+    }
+    serve, naive, ray = cells(tables.load_table(results))[2:]
+    assert serve == ["`mra-export serve`, text", "200", "10", "40", "62", "1.50", "2.00", "290"]
+    assert naive[1:] == ["100", "10", "40", "62", "-", "1.00", "150"]
+    assert ray[1] == "none met the limit: p99 180 ms at 1"
+    assert "200 requests/s beside 100, 2.00 times as many (p99 62 and 62 ms; 290 and 150 with 16 callers" in tables.load_line(
+        results
+    )
+    assert "600 were answered, 200/s, 20 refused as busy" in tables.overload_line(results)
+    assert "Test CPU, 2 cores" in tables.markdown(results)
+    soak = {"requests": 100000, "seconds": 700.2, "errors": {}, "growth": 0.0123, "leaked": {"threads": 0, "files": -16}}
+    assert tables.markdown({"soak": soak}) == "100,000 requests in 700 s: no error, memory at most +1.23%, +0 threads, -16 files."
+
+
 def test_the_docs_tables_are_those_of_the_results(script) -> None:
     tables = script("tables")
     for page in (ROOT / "docs").glob("*.md"):
@@ -397,6 +427,16 @@ def test_the_highest_rate_is_found_from_above_and_below(script, first) -> None:
     runs = load.highest_rate(run, 100, first, 6)
     assert 190 < load.best(runs, 100).rate < 200
     assert load.best([run(300), run(500)], 100) is None, "one is too slow, the other refuses requests"
+    slow = load.highest_rate(run, 10, first, 6)
+    assert load.best(slow, 10) is None
+    assert len(slow) < 20, "a server that meets the limit at no rate is given up soon"
+    assert slow[-1].rate == 1
+    stalls = iter([True] + [False] * 100)
+
+    def stalling(rate: float) -> Any:
+        return run(10 * rate if next(stalls) else rate)
+
+    assert 190 < load.best(load.highest_rate(stalling, 100, first, 6), 100).rate < 200, "a stall is not the server's"
 
 
 def test_texts_to_ask_are_ragged_and_have_one_mask(script, tmp_path) -> None:

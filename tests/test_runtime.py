@@ -5,10 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from mra_export.bundle import GOLDEN, OP_LIBRARY, WEIGHTS, Bundle, file_entry, w
 from mra_export.errors import BackendError, BundleError, ContractError, ParityError, PluginLoadError
 from mra_export.parity import PASS
 from mra_export.runtime import MraRuntime
+from mra_export.token_graph import choose_tokens
 
 BACKENDS = ("torch", "onnxruntime")
 
@@ -64,6 +67,63 @@ def test_every_backend_gives_the_golden_outputs(bundles, kind, backend, library)
     assert rows
     assert {row.status for row in rows} == {PASS}
     assert {row.backend for row in rows} == {backend}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_of_chosen_tokens(bundles, backend) -> None:
+    ids, chosen = tokens(2, 40), np.array([79, 3, 3, 40])
+    with MraRuntime.load(bundles("fp32"), backend) as runtime:
+        whole = runtime.run(input_ids=ids)["logits"].reshape(80, -1)
+        np.testing.assert_array_equal(runtime.run(input_ids=ids, tokens=chosen)["logits"], whole[chosen])
+        given = runtime.run(input_ids=torch.from_numpy(ids), tokens=chosen)["logits"]
+        assert isinstance(given, torch.Tensor)
+        np.testing.assert_array_equal(given.numpy(), whole[chosen])
+        for wrong, message in (
+            ([80], "tokens holds 80, input_ids of shape (2, 40) has 80: pass numbers from 0 to 79"),
+            ([-1, 2], "tokens holds -1,"),
+            ([[1]], "tokens has shape (1, 1) and dtype int64: pass one axis of integers, at least one"),
+            ([0.5], "dtype float64: pass one axis of integers"),
+            ([], "pass one axis of integers, at least one"),
+        ):
+            with pytest.raises(ContractError, match=re.escape(message)):
+                runtime.run(input_ids=ids, tokens=wrong)
+
+
+def test_tokens_are_chosen_where_each_has_an_answer_of_its_own(bundles) -> None:
+    with MraRuntime.load(bundles("classes")) as runtime, pytest.raises(ContractError, match="logits has no entry per token"):
+        runtime.run(input_ids=tokens(1, 5), tokens=[0])
+    for kind, named in (("classes", "fp32, text-class"), ("answers", "fp32, question"), ("int8-dynamic", "int8"), ("fp16", "fp16")):
+        with pytest.raises(ContractError, match=f"chosen_tokens is for fp32 and calibrated int8 bundles .* not for {named}"):
+            MraRuntime.load(bundles(kind), "onnxruntime", chosen_tokens=True)
+    with pytest.raises(ContractError, match="chosen_tokens is for ONNX Runtime, backend is 'torch'"):
+        MraRuntime.load(bundles("fp32"), "torch", chosen_tokens=True)
+
+
+def test_weights_beside_the_graph_are_found_when_tokens_are_chosen(copied) -> None:
+    """As of a bundle above 2 GB."""
+    ids, chosen = tokens(1, 40), [7]
+    with MraRuntime.load(copied, "onnxruntime") as runtime:
+        wanted = runtime.run(input_ids=ids, tokens=chosen)["logits"]
+    graph = onnx.load(copied / "model.onnx")
+    (copied / "model.onnx").unlink()
+    onnx.save(graph, copied / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"]["model.onnx.data"] = {}
+    rewrite_manifest(copied, files=manifest["files"])
+    rewrite_manifest(copied)
+    with MraRuntime.load(copied, "onnxruntime", chosen_tokens=True) as runtime:
+        np.testing.assert_array_equal(runtime.run(input_ids=ids, tokens=chosen)["logits"], wanted)
+
+
+@pytest.mark.parametrize("changed", ["outputs", "residual"])
+def test_a_graph_of_another_form_cannot_be_had_for_chosen_tokens(bundles, changed) -> None:
+    graph = onnx.load(bundles("fp32") / "model.onnx")
+    if changed == "outputs":
+        graph.graph.output.append(onnx.helper.make_empty_tensor_value_info("layer_norm"))
+    else:
+        graph.graph.node[-1].input[1] = graph.graph.input[1].name
+    with pytest.raises(ContractError, match="can be computed for chosen tokens"):
+        choose_tokens(graph, 64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,6 +21,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class TokenBackend(Backend, Protocol):
+    """A backend that computes outputs with an entry per token for chosen tokens only."""
+
+    def run_tokens(self, inputs: Mapping[str, npt.NDArray[np.int64]], tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+        """tokens: (chosen,), numbers in (batch, length) counted through -> outputs of (chosen, ...)."""
+        ...
+
+
+@runtime_checkable
 class CudaBackend(Backend, Protocol):
     """A backend that also takes torch CUDA tensors as they are, and not every shape."""
 

@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from mra_export.contract import OP_DOMAIN, OP_TYPE, OP_VERSION, Attributes
 from mra_export.errors import BackendError, PluginLoadError
+from mra_export.token_graph import TOKENS, choose_tokens
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -31,7 +32,10 @@ _PROBE = Attributes(num_heads=1, num_blocks=1, scale=1.0)
 
 
 class OnnxRuntimeBackend:
-    """One session. Raises BackendError where the device or dtype cannot run, PluginLoadError where the library does not load."""
+    """One session. folder: of the weights beside a graph that is given as bytes.
+
+    Raises BackendError where the device or dtype cannot run, PluginLoadError where the library does not load.
+    """
 
     name = "onnxruntime"
 
@@ -43,12 +47,15 @@ class OnnxRuntimeBackend:
         library: Path | None,
         device: str = "cpu",
         intra_op_threads: int | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.device = device
         check_device(dtype, device)
         if library is not None:
             probe_library(library, dtype, device)
         options = session_options(library, intra_op_threads, device)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         source = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=_providers(device))
@@ -63,6 +70,26 @@ class OnnxRuntimeBackend:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
         except Exception as error:
             raise BackendError(f"ONNX Runtime {ort.__version__} failed to run the graph: {_first_line(error)}") from error
+
+
+class TokenOnnxRuntimeBackend(OnnxRuntimeBackend):
+    """The graph with what follows the last attention layer for chosen tokens only (token_graph.py). Arguments as above.
+
+    Raises ContractError for a graph that cannot be changed so.
+    """
+
+    def __init__(self, model: Path, *, hidden_size: int, **options: Any) -> None:
+        graph = onnx.load(model, load_external_data=False)
+        choose_tokens(graph, hidden_size)
+        super().__init__(graph.SerializeToString(), folder=model.parent, **options)
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
+        shape = inputs["input_ids"].shape
+        outputs = self.run_tokens(inputs, np.arange(np.prod(shape), dtype=np.int64))
+        return {name: value.reshape(*shape, *value.shape[1:]) for name, value in outputs.items()}
+
+    def run_tokens(self, inputs: Mapping[str, npt.NDArray[np.int64]], tokens: npt.NDArray[np.int64]) -> dict[str, Any]:
+        return {name: value[:, 0] for name, value in super().run({**inputs, TOKENS: tokens}).items()}
 
 
 def cuda_available() -> bool:

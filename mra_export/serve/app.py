@@ -216,7 +216,7 @@ def _add_protocol(app: FastAPI, model: ServedModel) -> None:
         for wanted in asked.outputs:
             if wanted not in (names := [tensor.name for tensor in model.bundle.manifest.outputs]):
                 raise ContractError(f"{wanted} is not an output of this model: ask for {', '.join(names)}")
-        (outputs,) = await model.run(request, [asked.arrays])
+        (outputs,) = await model.run(request, [asked.arrays])  # an input "tokens" is `submit`'s: outputs of these tokens only
         if _size([outputs]) > _ASIDE:
             answer, json_size = await model.aside(write_infer, name, VERSION, asked, outputs)
         else:
@@ -237,7 +237,7 @@ def _add_texts(app: FastAPI, model: ServedModel) -> None:
         if model.predictor is None:
             raise Refused(404, f"the model {model.name} has no tokenizer: send token ids to /v2/models/{model.name}/infer")
         prompts = ask(model.predictor) if size < _ASIDE_TEXT else await model.aside(ask, model.predictor)
-        outputs = await model.run(request, [prompt.inputs for prompt in prompts])
+        outputs = await model.run(request, [{**prompt.inputs, "tokens": prompt.tokens} for prompt in prompts])
 
         def write() -> Response:
             answers = [prompt.answer(out) for prompt, out in zip(prompts, outputs, strict=True)]

@@ -8,6 +8,8 @@ with BatchingRuntime(MraRuntime.load("bundle")) as batching:
 from __future__ import annotations
 
 import bisect
+import math
+import os
 import threading
 import time
 from collections import deque
@@ -53,9 +55,12 @@ class Batch:
 
 @dataclass(eq=False)
 class _Request:
-    """inputs: checked (inputs.py), (rows, length) or (rows, choices, length) int64. key: requests of one key may share a call."""
+    """inputs: checked (inputs.py), (rows, length) or (rows, choices, length) int64. tokens: as for `submit`. key: requests of one
+    key may share a call.
+    """
 
     inputs: dict[str, Integers]
+    tokens: Integers | None
     key: _Key
     arrived: float
     example: Any
@@ -68,6 +73,11 @@ class _Request:
     @property
     def rows(self) -> int:
         return self.shape[0]
+
+    @property
+    def wanted(self) -> int:
+        """Tokens whose outputs it wants."""
+        return math.prod(self.shape) if self.tokens is None else len(self.tokens)
 
 
 class BatchingRuntime:
@@ -121,8 +131,7 @@ class BatchingRuntime:
         self.length_buckets = _buckets(length_buckets, manifest.model.max_position_embeddings, manifest.padding_invariant)
         self._delay = max_delay_ms / 1e3
         self._on_batch = on_batch
-        axes = manifest.inputs[0].axes
-        self._token_outputs = {tensor.name for tensor in manifest.outputs if tensor.axes[: len(axes)] == axes}
+        self._token_outputs = frozenset(manifest.token_outputs)
         self._changed = threading.Condition()
         self._queues: dict[_Key, deque[_Request]] = {}
         self._waiting = 0
@@ -131,8 +140,8 @@ class BatchingRuntime:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, **arrays: Any) -> Future[Outputs]:
-        """Queue one request; arrays as for `MraRuntime.run`. The future gives what `run` gives, without the batch's padding.
+    def submit(self, *, tokens: Any = None, **arrays: Any) -> Future[Outputs]:
+        """Queue one request; tokens and arrays as for `MraRuntime.run`. The future gives what that gives, without padding.
 
         Cancelling the future takes the request out of the queue; one that already runs is finished. Outputs may be views of the
         batch's arrays: copy what is kept for long. Raises ContractError for inputs the model cannot take, BusyError where the queue
@@ -140,13 +149,15 @@ class BatchingRuntime:
         """
         inputs = self.runtime.check(**arrays)
         shape = inputs["input_ids"].shape
+        if tokens is not None:
+            tokens = self.runtime.check_tokens(tokens, shape)
         if shape[0] > self.max_batch_size:
             raise ContractError(
                 f"input_ids has {shape[0]} rows, max_batch_size is {self.max_batch_size}: "
                 f"send {self.max_batch_size} rows or fewer at once"
             )
         bucket = self.length_buckets[bisect.bisect_left(self.length_buckets, shape[-1])]
-        request = _Request(inputs, (*shape[1:-1], bucket), time.monotonic(), arrays["input_ids"])
+        request = _Request(inputs, tokens, (*shape[1:-1], bucket), time.monotonic(), arrays["input_ids"])
         with self._changed:
             if self._closed:
                 raise BackendError(f"{self.runtime.bundle.path}: this runtime is closing and takes no more requests")
@@ -158,9 +169,9 @@ class BatchingRuntime:
         request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
         return request.future
 
-    def run(self, **arrays: Any) -> Outputs:
+    def run(self, *, tokens: Any = None, **arrays: Any) -> Outputs:
         """`submit`, and wait for the answer."""
-        future = self.submit(**arrays)
+        future = self.submit(tokens=tokens, **arrays)
         try:
             return future.result()
         finally:
@@ -275,9 +286,10 @@ class BatchingRuntime:
     def _answer(self, requests: list[_Request]) -> None:
         started = time.monotonic()
         inputs = stacked([request.inputs for request in requests])
+        tokens = _chosen(requests, inputs["input_ids"].shape[-1])
         failure: BaseException | None = None
         try:
-            outputs = self.runtime.run(**inputs)
+            outputs = self.runtime.run(**inputs) if tokens is None else self.runtime.run(tokens=tokens, **inputs)
         except BaseException as error:  # the workers outlive any failure; the callers get it
             failure = error
         finished = time.monotonic()
@@ -294,22 +306,52 @@ class BatchingRuntime:
                     failed=failure is not None,
                 )
             )
-        row = 0
+        start = 0
         for request in requests:
             if failure is not None:
                 request.future.set_exception(failure)
                 continue
-            own = {name: self._own(name, value, row, request) for name, value in outputs.items()}
+            end = start + (request.rows if tokens is None else request.wanted)
+            own = {name: self._own(name, value[start:end], request, tokens is None) for name, value in outputs.items()}
             request.future.set_result(like(own, request.example) if is_torch(request.example) else own)
-            row += request.rows
+            start = end
 
-    def _own(self, name: str, value: npt.NDArray[Any], row: int, request: _Request) -> npt.NDArray[Any]:
-        """A request's part of an output: (rows, ...), cut to its length where the output has an entry per token."""
-        rows = value[row : row + request.rows]
+    def _own(self, name: str, part: npt.NDArray[Any], request: _Request, whole: bool) -> npt.NDArray[Any]:
+        """An output as its request wants it. part: its rows of a whole call, (rows, ...), else its tokens, (wanted, ...)."""
+        if not whole:
+            return part if request.tokens is not None else part.reshape(*request.shape, *part.shape[1:])
         if name not in self._token_outputs:
-            return rows
+            return part
         axis = len(request.shape) - 1
-        return rows[(slice(None),) * axis + (slice(request.shape[-1]),)]
+        return part[(slice(None),) * axis + (slice(request.shape[-1]),)]
+
+
+def _chosen(requests: Sequence[_Request], length: int) -> Integers | None:
+    """The tokens that a call's requests want, numbered through its rows of this length; None: all want all of theirs."""
+    if all(request.tokens is None for request in requests):
+        return None
+    parts, row = [], 0
+    for request in requests:
+        own = np.arange(request.wanted) if request.tokens is None else request.tokens
+        line, place = np.divmod(own, request.shape[-1])
+        parts.append((row + line) * length + place)
+        row += math.prod(request.shape[:-1])
+    return np.concatenate(parts)
+
+
+def share_processors(
+    backend: str, device: str, workers: int | None = None, threads: int | None = None, copies: int = 1
+) -> tuple[int, int | None]:
+    """Workers of a BatchingRuntime and threads of each of their calls, where they are not given; None: the backend's own choice.
+
+    With ONNX Runtime on a CPU two calls on half the processors each do more than one on all of them, and the threads of a call
+    that could have more than there are processors wait for each other spinning. copies: processes on this machine that do the same.
+    """
+    if backend != "onnxruntime" or device != "cpu":
+        return workers or 1, threads
+    workers = workers or 2
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers, threads or max(1, processors // (workers * copies))
 
 
 def _buckets(wanted: Sequence[int] | None, longest: int, padding_invariant: bool) -> tuple[int, ...]:

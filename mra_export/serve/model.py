@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from mra_export.bundle import Bundle
 from mra_export.predict import Predictor
 from mra_export.runtime import MraRuntime, choose_backend
-from mra_export.serve.batching import Batch, BatchingRuntime
+from mra_export.serve.batching import Batch, BatchingRuntime, share_processors
 from mra_export.serve.gate import Refused
 from mra_export.serve.settings import Settings
 from mra_export.text import has_tokenizer
@@ -58,10 +57,9 @@ class ServedModel:
         device = settings.device or ("cuda" if settings.backend == "tensorrt" else "cpu")
         bundle = Bundle.load(self.bundle.path)
         backend = choose_backend(bundle, device, True)[0] if settings.backend == "auto" else settings.backend
-        share = backend == "onnxruntime" and device == "cpu"
-        workers = settings.workers or (2 if share else 1)
-        threads = settings.threads or (max(1, _processors() // workers) if share else None)
-        runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads)
+        workers, threads = share_processors(backend, device, settings.workers, settings.threads)
+        chosen = backend == "onnxruntime" and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
+        runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
         runtime.validate()
         if has_tokenizer(bundle.path):
             self.predictor = Predictor(runtime)
@@ -100,21 +98,21 @@ class ServedModel:
         """Call it in a thread of the pool."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def run(self, request: Request, inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Each set of inputs is a request of its own to the batching runtime. One answer each.
+    async def run(self, request: Request, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each of asked is what one request to the batching runtime takes (`submit`). One answer each.
 
         What has not run is cancelled when one is refused, the request's time is over or its client goes away.
         """
         batching = self.require()
         futures: list[Future[dict[str, Any]]] = []
         try:
-            for arrays in inputs:
-                futures.append(batching.submit(**arrays))
+            for arguments in asked:
+                futures.append(batching.submit(**arguments))
             answers = await self._wait(request, futures)
         finally:
             for future in futures:
                 future.cancel()
-        request.state.log["rows"] = request.state.log.get("rows", 0) + sum(len(arrays["input_ids"]) for arrays in inputs)
+        request.state.log["rows"] = request.state.log.get("rows", 0) + sum(len(arguments["input_ids"]) for arguments in asked)
         return answers
 
     async def _wait(self, request: Request, futures: Sequence[Future[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -136,8 +134,3 @@ class ServedModel:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

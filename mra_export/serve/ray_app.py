@@ -68,14 +68,15 @@ class Replica:
         backend = options.backend if options.backend != "auto" else choose_backend(bundle, device, True)[0]
         # Ray counts cores but confines nobody to them; torch's threads follow the OMP_NUM_THREADS that Ray sets.
         threads = max(1, int(options.num_cpus)) if (backend, device) == ("onnxruntime", "cpu") else None
-        runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads)
+        chosen = backend == "onnxruntime" and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
+        runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
         runtime.validate()
         self._batching = BatchingRuntime(
             runtime, max_batch_size=options.max_batch_size, max_delay_ms=options.max_delay_ms, max_queue=options.max_queue
         )
 
     async def infer(self, arrays: Arrays) -> Arrays:
-        """Inputs of one request by name -> its outputs. Raises ContractError, BusyError."""
+        """Inputs of one request by name, and "tokens" for `submit` -> its outputs. Raises ContractError, BusyError."""
         return await asyncio.wrap_future(self._batching.submit(**arrays))
 
     async def process(self) -> int:

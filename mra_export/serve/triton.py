@@ -77,7 +77,8 @@ class TritonOptions:
     runtime: python backend: of runtime.BACKENDS, or "auto". engine: file name of the engine, where the bundle has several.
     op_library: False runs the operator's definition, slower. max_batch_size: rows of one call; None: 8, or what the engine takes.
     max_delay_ms: how long Triton may hold a request back for a larger batch. max_queue: requests that may wait; more are refused.
-    instances: copies of the model, per GPU on GPUs. threads: of one call in ONNX Runtime; None: its own choice.
+    instances: copies of the model, per GPU on GPUs. threads: of one call in ONNX Runtime; None: its own choice, for
+    the python backend the processors shared by its instances and their two calls at once.
     tokenizer: also write the ensemble that takes text. mount: the repository's absolute path as the server sees it.
     """
 

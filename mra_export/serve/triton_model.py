@@ -13,8 +13,8 @@ import numpy as np
 
 from mra_export.bundle import Bundle
 from mra_export.errors import BackendError, BusyError, ContractError, MraExportError
-from mra_export.runtime import MraRuntime
-from mra_export.serve.batching import BatchingRuntime
+from mra_export.runtime import MraRuntime, choose_backend
+from mra_export.serve.batching import BatchingRuntime, share_processors
 from mra_export.text import Tokenizer
 
 BUNDLE = "bundle"
@@ -35,20 +35,23 @@ class MraModel:
     def initialize(self, args: dict[str, str]) -> None:
         config, folder = json.loads(args["model_config"]), _version_folder(args)
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
-        threads = settings.get("threads")
+        bundle, device, use_op_library = Bundle.load(folder / BUNDLE), settings["device"], settings["op_library"] == "true"
+        backend = settings["runtime"] if settings["runtime"] != "auto" else choose_backend(bundle, device, use_op_library)[0]
+        threads = int(settings["threads"]) if "threads" in settings else None
+        copies = sum(int(group["count"]) for group in config["instance_group"])
+        workers, threads = share_processors(backend, device, None, threads, copies)
         self._runtime = MraRuntime.load(
-            Bundle.load(folder / BUNDLE),
-            settings["runtime"],
-            settings["device"],
-            use_op_library=settings["op_library"] == "true",
-            intra_op_threads=None if threads is None else int(threads),
-            engine=settings.get("engine"),
+            bundle, backend, device, use_op_library=use_op_library, intra_op_threads=threads, engine=settings.get("engine")
         )
         self._runtime.validate()
         self._inputs = [tensor["name"] for tensor in config["input"]]
         size = int(config["max_batch_size"])
         self._batching = BatchingRuntime(
-            self._runtime, max_batch_size=size, max_queue=size, max_delay_ms=_GATHERING_MS if size > 1 else 0
+            self._runtime,
+            max_batch_size=size,
+            max_queue=size,
+            max_delay_ms=_GATHERING_MS if size > 1 else 0,
+            workers=workers,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

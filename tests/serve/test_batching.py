@@ -30,6 +30,7 @@ class Gate:
     def __init__(self, runtime: MraRuntime) -> None:
         self.runtime = runtime
         self.bundle, self.backend, self.device, self.check = runtime.bundle, runtime.backend, runtime.device, runtime.check
+        self.check_tokens = runtime.check_tokens
         self.refuses: Callable[[tuple[int, ...]], str | None] = lambda shape: None
         self.opened, self.entered = threading.Event(), threading.Semaphore(0)
         self.shapes: list[tuple[int, ...]] = []
@@ -100,6 +101,38 @@ def test_an_answer_is_bitwise_the_same_whatever_it_was_batched_with(bundles, kin
     assert max(batch.requests for batch in sizes) > 1, "nothing was batched"
     if kind == "answers":
         assert any(batch.padded > batch.tokens for batch in sizes), "nothing was padded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen_tokens"),
+    [
+        *((kind, True) for kind in ("invariant", "fp32", "int8", "features")),
+        ("invariant", False),
+        ("fp16", False),
+        ("tokens", False),
+    ],
+)
+def test_chosen_tokens_get_bitwise_their_part_of_the_whole(bundles, kind, chosen_tokens) -> None:
+    """Whether the graph computes no others, or all and they are picked, and whatever batch mates want."""
+    random = np.random.default_rng(3)
+    requests = ragged(40)
+    with MraRuntime.load(bundles(kind), "onnxruntime") as whole:
+        (name,) = whole.bundle.manifest.token_outputs
+        wanted = [whole.run(**request)[name] for request in requests]
+    with MraRuntime.load(bundles(kind), "onnxruntime", intra_op_threads=1, chosen_tokens=chosen_tokens) as runtime:
+        runtime.validate()
+        sizes: list[Batch] = []
+        with BatchingRuntime(runtime, max_delay_ms=50, max_batch_tokens=4096, workers=2, on_batch=sizes.append) as batching:
+            futures = []
+            for number, request in enumerate(requests):
+                tokens = None if number % 3 == 0 else random.integers(0, request["input_ids"].size, 1 + number % 5)
+                futures.append((tokens, batching.submit(tokens=tokens, **request)))
+            for number, (tokens, future) in enumerate(futures):
+                expected = wanted[number]
+                if tokens is not None:
+                    expected = expected.reshape(-1, *expected.shape[2:])[tokens]
+                np.testing.assert_array_equal(future.result(WAIT)[name], expected, f"{kind} request {number}")
+    assert max(batch.requests for batch in sizes) > 1, "nothing was batched"
 
 
 def test_with_torch_too_within_rounding(bundles) -> None:
@@ -247,6 +280,10 @@ def test_bad_requests_are_refused_at_once_and_hurt_nobody(gate) -> None:
         ({"input_ids": tokens(1, 5).astype(float)}, "dtype float64: pass integers"),
         ({}, "input_ids is missing"),
         ({"input_ids": tokens(3, 5)}, "input_ids has 3 rows, max_batch_size is 2: send 2 rows or fewer at once"),
+        (
+            {"input_ids": tokens(1, 5), "tokens": [5]},
+            r"tokens holds 5, input_ids of shape \(1, 5\) has 5: pass numbers from 0 to 4",
+        ),
     ):
         with pytest.raises(ContractError, match=message):
             batching.submit(**arrays)

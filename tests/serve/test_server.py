@@ -79,6 +79,14 @@ def test_infer_as_json(server, logits) -> None:
     assert server.ask("POST", INFER, {"inputs": [small]})[1]["outputs"][0]["data"] == output["data"]
 
 
+def test_infer_of_chosen_tokens_only(server, logits) -> None:
+    rows = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    body = {"inputs": [tensor(rows), tensor([6, 1], "tokens")]}
+    (output,) = server.ask("POST", INFER, body)[1]["outputs"]
+    assert output["shape"] == [2, 261]
+    np.testing.assert_array_equal(np.array(output["data"], np.float32).reshape(2, 261), logits(rows).reshape(8, 261)[[6, 1]])
+
+
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 def test_tritonclient(server, logits, binary_in, binary_out) -> None:
@@ -184,6 +192,14 @@ BAD: dict[str, tuple[str, str, Any, dict[str, str], int, str]] = {
         *binary({**IDS, "parameters": {"binary_data_size": 8}}, raw=b"12345678"),
         400,
         "takes 16 bytes",
+    ),
+    "tokens": (
+        "POST",
+        INFER,
+        {"inputs": [tensor([[5, 6]]), tensor([2], "tokens")]},
+        {},
+        400,
+        "tokens holds 2, input_ids of shape (1, 2) has 2: pass numbers from 0 to 1",
     ),
     "header too long": ("POST", INFER, b"{}", {"Inference_Header_Content_Length": "3"}, 400, "pass the number of bytes of JSON"),
     "header no number": ("POST", INFER, b"{}", {"Inference_Header_Content_Length": "-1"}, 400, "pass the number of bytes of JSON"),
