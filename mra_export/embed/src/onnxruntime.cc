@@ -131,8 +131,6 @@ std::shared_ptr<OrtSessionOptions> SessionOptions(const Settings& settings) {
                                                ". Export again on this machine, or pass use_op_library=False "
                                                "(slower, same answer)");
     }
-    // Sessions never tell the library that they are done with its op, so it frees nothing: loaded anew for each, it would leak.
-    dlopen(settings.library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD | RTLD_NODELETE);
   }
   if (settings.device == "cuda") {
     try {
