@@ -25,6 +25,8 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """Name of the tensor type T -> MraDtype."""
 
 ALIGNMENT = 64
+_NOT_BUILT = 14
+"""MRA_ERROR_NOT_BUILT."""
 _KEPT_WORKSPACE_BYTES = 1 << 28
 """A thread keeps its workspace for the next call up to this size: fresh pages cost more than the kernel's own time."""
 
@@ -86,6 +88,20 @@ def library() -> Any:
 def available() -> bool:
     """Whether the compiled library is there. One that is there but does not load is an error when it is used, not a silent no."""
     return libraries.find("kernels") is not None
+
+
+@cache
+def has_cuda(path: Path) -> bool:
+    """Whether the library of this path, libmra_attention or libmra_ort, was built with the CUDA kernels. Needs no GPU.
+
+    Raises PluginLoadError where it does not load.
+    """
+    try:
+        workspace_size = ctypes.CDLL(str(path)).mra_attention_cuda_workspace_size
+    except (OSError, AttributeError) as error:
+        raise PluginLoadError(f"{path} does not load: {error}; rebuild it with {libraries.GET['kernels']}") from error
+    params = make_params(Attributes(num_heads=1, num_blocks=1, scale=1.0), "float32", 1, 1, 8)
+    return bool(workspace_size(ctypes.byref(params), ctypes.byref(ctypes.c_size_t())) != _NOT_BUILT)
 
 
 def cpu_target() -> str:

@@ -69,7 +69,8 @@ class MraRuntime:
         use_op_library: False runs the operator's definition in place of the compiled library, slower: ONNX Runtime the graph's own
         function body, which needs N x N memory, and torch the reference attention.
         intra_op_threads: threads of one ONNX Runtime call; torch has its own torch.set_num_threads.
-        engine, allow_embedded_plugin, cuda_graphs: for tensorrt, see backends/tensorrt.py.
+        engine, allow_embedded_plugin: for tensorrt, see backends/tensorrt.py.
+        cuda_graphs: tensorrt and onnxruntime on a GPU capture each shape once and replay it.
 
         Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (a library),
         EngineError (an engine does not fit this machine; the message has the command that rebuilds it).
@@ -79,12 +80,14 @@ class MraRuntime:
         _check_choice("device", device, DEVICES)
         if intra_op_threads is not None and intra_op_threads < 1:
             raise ContractError(f"intra_op_threads is {intra_op_threads}: it must be 1 or more")
-        if backend != "tensorrt" and (engine is not None or allow_embedded_plugin or cuda_graphs):
-            raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'")
+        if backend != "tensorrt" and (engine is not None or allow_embedded_plugin):
+            raise ContractError("engine and allow_embedded_plugin are for backend 'tensorrt'")
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         if backend == "auto":
             backend, why = choose_backend(loaded, device, use_op_library)
             logger.info("%s: backend %s on %s, because %s", loaded.path, backend, device, why)
+        if cuda_graphs and (backend == "torch" or device != "cuda"):
+            raise ContractError("cuda_graphs is for backends 'tensorrt' and 'onnxruntime' on device 'cuda'")
         if backend == "torch":
             if intra_op_threads is not None:
                 raise ContractError("intra_op_threads is for ONNX Runtime: call torch.set_num_threads for the torch backend")
@@ -96,14 +99,14 @@ class MraRuntime:
                     "engine without the operator's library"
                 )
             return cls(loaded, _tensorrt(loaded, device, engine, allow_embedded_plugin, cuda_graphs))
-        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads))
+        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads, cuda_graphs))
 
     def run(self, **arrays: Any) -> dict[str, Any]:
         """Run the model once. Give input_ids and, where wanted, attention_mask (1 = real token) and token_type_ids.
 
         Each is a numpy array or torch tensor of integers, (batch, length), or (batch, choices, length) for multiple choice.
-        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, CUDA
-        tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
+        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, and
+        with onnxruntime on a GPU, CUDA tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
         bfloat16 outputs come as float32 arrays. Raises ContractError for inputs the model cannot take.
         """
         running = self._running
@@ -236,7 +239,7 @@ def _tensorrt(bundle: Bundle, device: str, engine: str | None, allow_embedded_pl
     return TensorRtBackend(bundle, engine=engine, allow_embedded_plugin=allow_embedded_plugin, cuda_graphs=cuda_graphs)
 
 
-def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None) -> Backend:
+def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None, cuda_graphs: bool) -> Backend:
     if importlib.util.find_spec("onnxruntime") is None:
         raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
     from mra_export.backends.onnx_runtime import OnnxRuntimeBackend
@@ -251,10 +254,11 @@ def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_th
                 "or pass use_op_library=False (slower, same answer)"
             )
         library = bundle.file(OP_LIBRARY)
-    return OnnxRuntimeBackend(
-        bundle.file(MODEL),
-        dtype=float_dtype(bundle.manifest.dtype),
-        library=library,
-        device=device,
-        intra_op_threads=intra_op_threads,
-    )
+    dtype = float_dtype(bundle.manifest.dtype)
+    if device == "cuda":
+        from mra_export.backends.onnx_runtime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(
+            bundle.file(MODEL), dtype=dtype, library=library, intra_op_threads=intra_op_threads, cuda_graphs=cuda_graphs
+        )
+    return OnnxRuntimeBackend(bundle.file(MODEL), dtype=dtype, library=library, intra_op_threads=intra_op_threads)
