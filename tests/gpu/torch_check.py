@@ -2,7 +2,7 @@
 
     python tests/gpu/torch_check.py [--library PATH] [--only NAME]
 
-Needs torch and numpy. Results are compared with the torch reference in float64 on the same GPU, with the blocks that
+Needs torch, numpy and transformers. Results are compared with the torch reference in float64 on the same GPU, with the blocks that
 the kernel chose. Nothing in it may wait for the GPU: torch's sync debug mode makes that an error. One line for each check; exit
 status 1 if one failed, 0 if all passed, 77 if there is nothing to run on. `--device cpu` with the library of tests/emulator is how
 this script itself is tested.
@@ -21,7 +21,7 @@ from typing import Any
 
 import needs
 
-NEEDED = {"numpy": "numpy", "torch": "torch"}
+NEEDED = {"numpy": "numpy", "torch": "torch", "transformers": "transformers"}
 ROUNDING = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of the largest value: a result of the kernel, or a gradient from inputs of this type."""
 
