@@ -264,7 +264,7 @@ def selection(
     states = np.empty((batch, attributes.num_heads, blocks, blocks), np.uint8)
     score = np.empty(states.shape, np.float32)
     params = make_params(attributes, str(q.dtype), batch, length, head_size)
-    selection_cpu(params, *(array.ctypes.data for array in (q, k, m, states, score)), num_threads)
+    selection_cpu(params, q.ctypes.data, k.ctypes.data, m.ctypes.data, states.ctypes.data, score.ctypes.data, num_threads)
     return states == 2, states > 0, score
 
 

@@ -131,8 +131,8 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
     real = mask != 0
 
     real_blocks = torch.nn.functional.pad(real, (0, padding)).view(batch, 1, -1, BLOCK_SIZE)
-    cut = (_cut_tensor(x, real, num_heads, head_size, compute) for x in (query, key, value))
-    return _Blocks(*cut, real_blocks, real_blocks.sum(-1).to(compute))
+    cut = [_cut_tensor(x, real, num_heads, head_size, compute) for x in (query, key, value)]
+    return _Blocks(cut[0], cut[1], cut[2], real_blocks, real_blocks.sum(-1).to(compute))
 
 
 def _cut_tensor(x: Tensor, real: Tensor, num_heads: int, head_size: int, compute: torch.dtype) -> Tensor:

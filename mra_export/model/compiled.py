@@ -34,17 +34,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, real: Tensor, attribute
 
     On a GPU: queued on torch's current stream, with memory of torch's allocator and without waiting.
     """
-    params = _params(query, attributes)
     context = torch.empty_like(query)
+    q, k, v, m, c = (tensor.data_ptr() for tensor in (query, key, value, real, context))
     if not _on_gpu(query):
-        inputs = (tensor.data_ptr() for tensor in (query, key, value, real, context))
-        head_size = query.shape[2] // attributes.num_heads
-        kernel.attention_cpu(attributes, _DTYPES[query.dtype], *query.shape[:2], head_size, *inputs, torch.get_num_threads())
+        batch, length, hidden = query.shape
+        threads, head_size = torch.get_num_threads(), hidden // attributes.num_heads
+        kernel.attention_cpu(attributes, _DTYPES[query.dtype], batch, length, head_size, q, k, v, m, c, threads)
         return context
+    params = _params(query, attributes)
     with _stream_of(query.device) as stream:
         workspace = _workspace(params, query)
-        inputs = (tensor.data_ptr() for tensor in (query, key, value, real, context, workspace))
-        kernel.attention_cuda(params, *inputs, workspace.numel(), stream)
+        kernel.attention_cuda(params, q, k, v, m, c, workspace.data_ptr(), workspace.numel(), stream)
     return context
 
 
@@ -53,13 +53,13 @@ def selection(query: Tensor, key: Tensor, real: Tensor, attributes: Attributes) 
     params = _params(query, attributes)
     nb = -(-query.shape[1] // BLOCK_SIZE)
     states = torch.empty((query.shape[0], attributes.num_heads, nb, nb), dtype=torch.uint8, device=query.device)
-    inputs = [tensor.data_ptr() for tensor in (query, key, real, states)]
+    q, k, m, blocks = (tensor.data_ptr() for tensor in (query, key, real, states))
     if not _on_gpu(query):
-        kernel.selection_cpu(params, *inputs, None, torch.get_num_threads())
+        kernel.selection_cpu(params, q, k, m, blocks, None, torch.get_num_threads())
     else:
         with _stream_of(query.device) as stream:
             workspace = _workspace(params, query)
-            kernel.selection_cuda(params, *inputs, workspace.data_ptr(), workspace.numel(), stream)
+            kernel.selection_cuda(params, q, k, m, blocks, workspace.data_ptr(), workspace.numel(), stream)
     return states == 2, states > 0
 
 

@@ -130,6 +130,6 @@ def _register_autocast(device_type: str, key: str) -> None:
     torch.library.impl(TORCH_OP, key, lib=_library)(cast)
 
 
-_library = torch.library.Library(TORCH_OP.split("::")[0], "FRAGMENT")
+_library = torch.library.Library(TORCH_OP.split("::")[0], "FRAGMENT")  # type: ignore[no-untyped-call]
 for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
     _register_autocast(_device_type, _key)
