@@ -46,7 +46,7 @@ test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test but t
 	@MRA_TEST_ORT_OLD="$(CURDIR)/$(OLD)/onnxruntime" MRA_TEST_TRANSFORMERS_OLD="$(CURDIR)/$(OLD)/transformers" \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS)
 
-test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests ## Real servers on loopback (Triton, Ray Serve), and deployment files by their schemas.
+test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/onnxruntime-gpu ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
 	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
 
 # Old releases that the tests run against, each in a folder of its own. Without a network those tests skip and say so.
@@ -55,7 +55,7 @@ $(OLD)/%: tests/old/%.txt .venv/packages
 	@rm -rf $@ && $(PIP) install --target $@ -r $< && touch $@ || { rm -rf $@; echo "No old $* here: its tests will be skipped"; }
 
 # What the heavy tests start or check with. Without a network they skip and say so.
-$(OLD)/triton $(OLD)/manifests: NO_DEPS := --no-deps
+$(OLD)/triton $(OLD)/manifests $(OLD)/onnxruntime-gpu: NO_DEPS := --no-deps
 $(OLD)/%: tests/deploy/%.txt .venv/packages
 	@echo "Fetching $* for the heavy tests"
 	@rm -rf $@ && $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || { rm -rf $@; echo "No $* here: its tests will be skipped"; }

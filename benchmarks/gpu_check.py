@@ -218,6 +218,16 @@ def engine(place: Workplace) -> Outcome:
     return Outcome(_passed(lines), json.loads(path.read_text())["rows"])
 
 
+def onnxruntime(place: Workplace) -> Outcome:
+    path = place.results("onnxruntime")
+    lines = place.script("onnxruntime", "tests/gpu/ort_check.py", "--json", str(path))
+    return Outcome(_passed(lines), json.loads(path.read_text())["rows"])
+
+
+def torch_operator(place: Workplace) -> Outcome:
+    return Outcome(_passed(place.script("torch", "tests/gpu/torch_check.py")))
+
+
 def sanitizer(place: Workplace, tool: str) -> Outcome:
     program = find_sanitizer(place.nvcc)
     if program is None:
@@ -284,6 +294,8 @@ STEPS = (
     Step("kernels", "kernel tests on the GPU", 150, kernels),
     Step("plugin", "TensorRT plugin, driven directly", 60, plugin),
     Step("engine", "TensorRT plugin in an engine", 150, engine),
+    Step("onnxruntime", "ONNX Runtime's CUDA provider", 150, onnxruntime),
+    Step("torch", "mra::attention in PyTorch", 120, torch_operator),
     *(
         Step(tool, f"compute-sanitizer {tool}", 90, lambda place, tool=tool: sanitizer(place, tool))  # type: ignore[misc]
         for tool in SANITIZERS

@@ -41,6 +41,7 @@ _TURN = 0.25
 _SHORTEST_ROW = 0.25
 """Share of the length that the shortest row of a ragged batch has."""
 _FUNCTION = "onnxruntime-function"
+_ON_GPU = frozenset({"onnxruntime", _FUNCTION})
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Options:
 
     seconds: measured for each runtime and shape. warmup: seconds of calls before that, not counted; at least one of each caller.
     mask: "full", or "ragged": rows of random lengths from a quarter of the length up, padded at their ends, the first one full.
-    engine, allow_embedded_plugin, cuda_graphs: for tensorrt, as in MraRuntime.load.
+    engine, allow_embedded_plugin: for tensorrt; cuda_graphs: for tensorrt, and for onnxruntime on a GPU; as in MraRuntime.load.
     """
 
     lengths: tuple[int, ...]
@@ -249,7 +250,7 @@ class _Subject:
             intra_op_threads=options.threads if onnx else None,  # torch's are a setting of the process: _torch_threads
             engine=options.engine if tensorrt else None,
             allow_embedded_plugin=options.allow_embedded_plugin and tensorrt,
-            cuda_graphs=options.cuda_graphs and tensorrt,
+            cuda_graphs=options.cuda_graphs and (tensorrt or onnx),
         )
         self._concurrency = options.concurrency
         # Threads that stay: what a runtime keeps for each calling thread is made once, in the warm-up.
@@ -390,8 +391,12 @@ def _check_options(names: Sequence[str], options: Options) -> None:
         raise ContractError(f"mask is {options.mask!r}: use one of {', '.join(MASKS)}")
     if options.threads is not None and "tensorrt" in names:
         raise ContractError(f"threads is {options.threads}: backend 'tensorrt' runs on a GPU, leave threads out")
-    if "tensorrt" not in names and (options.engine is not None or options.allow_embedded_plugin or options.cuda_graphs):
-        raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt': add it, or leave them out")
+    if "tensorrt" not in names and (options.engine is not None or options.allow_embedded_plugin):
+        raise ContractError("engine and allow_embedded_plugin are for backend 'tensorrt': add it, or leave them out")
+    if options.cuda_graphs and "tensorrt" not in names and not (options.device == "cuda" and _ON_GPU & set(names)):
+        raise ContractError(
+            "cuda_graphs is for backend 'tensorrt' and for 'onnxruntime' on device 'cuda': add one of them, or leave it out"
+        )
 
 
 @contextmanager

@@ -28,7 +28,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 INTERRUPTED = 130
 _PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or pipe."""
-_VERIFY_BACKENDS = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference", "tensorrt")
+_VERIFY_BACKENDS = (
+    "torch",
+    "torch-reference",
+    "onnxruntime",
+    "onnxruntime-function",
+    "onnxruntime-cuda",
+    "onnx-reference",
+    "tensorrt",
+)
 _BENCH_BACKENDS = ("auto", "torch", "onnxruntime", "onnxruntime-function", "tensorrt")
 _PRESETS = ("base-512-4", "base-4096-8-d3", "tiny")
 _TASKS = (
@@ -470,7 +478,7 @@ def verify(
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random tokens.")
 @click.option("--engine", help="With --backend tensorrt: file name of the engine, where BUNDLE has several.")
 @click.option("--allow-embedded-plugin", is_flag=True, help="With --backend tensorrt: let the engine bring its own plugin code.")
-@click.option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: capture each shape once and replay it.")
+@click.option("--cuda-graphs", is_flag=True, help="tensorrt, or onnxruntime on a GPU: capture each shape once and replay it.")
 @click.option("--json", "json_file", type=OutputFile(), help="Write everything as JSON.")
 @click.option("--csv", "csv_file", type=OutputFile(), help="Write the table as CSV.")
 @click.option("--plot", "plot_file", type=OutputFile(), help="Draw it: a .png or .svg file; needs matplotlib.")

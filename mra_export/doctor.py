@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mra_export import kernel, libraries
-from mra_export.errors import PluginLoadError
+from mra_export import gpu, kernel, libraries
+from mra_export.errors import BackendError, PluginLoadError
 from mra_export.report import versions
 
 LIBRARIES = {
@@ -24,6 +24,7 @@ LIBRARIES = {
 }
 """Name for libraries.find -> what needs it."""
 
+_ON_GPU = {"kernels": "the operator for PyTorch", "ort_ops": "the onnxruntime backend"}
 _PACKAGES = {
     "torch": "reading checkpoints, exporting, the torch backend, verify",
     "onnx": "exporting, inspect, verify",
@@ -91,10 +92,15 @@ def _problems(found: dict[str, Path | None]) -> list[str]:
         problems.append(str(error))
     try:
         if found["ort_ops"] is not None and find_spec("onnxruntime") is not None:
-            from mra_export.backends.onnx_runtime import probe_library
+            from mra_export.backends.onnx_runtime import cuda_available, probe_library
 
             probe_library(found["ort_ops"], "fp32", "cpu")
-    except PluginLoadError as error:
+            if cuda_available() and gpu.devices():
+                from mra_export.backends.onnx_runtime_cuda import check_library, start_provider
+
+                start_provider()
+                check_library(found["ort_ops"], "fp32")
+    except (BackendError, PluginLoadError) as error:
         problems.append(str(error))
     return problems
 
@@ -108,10 +114,35 @@ def _missing(found: dict[str, Path | None]) -> list[dict[str, Any]]:
     for name, purpose in _PACKAGES.items():
         if find_spec(name) is None:
             missing.append({"name": name, "needed_for": purpose, "command": f"pip install {name}", "optional": False})
+    for name in ("kernels", "ort_ops"):
+        if found[name] is not None and not _has_cuda(found[name]):
+            command = "pip install . in the repository with an nvcc on PATH, or CUDACXX set"
+            missing.append(
+                {"name": f"{name} with CUDA", "needed_for": f"{_ON_GPU[name]} on a GPU", "command": command, "optional": True}
+            )
+    if find_spec("onnxruntime") is not None:
+        from mra_export.backends.onnx_runtime import cuda_available
+
+        if not cuda_available():
+            missing.append(
+                {
+                    "name": "CUDAExecutionProvider",
+                    "needed_for": f"{_ON_GPU['ort_ops']} on a GPU",
+                    "command": "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'",
+                    "optional": True,
+                }
+            )
     for name, (purpose, command) in _OPTIONAL_PACKAGES.items():
         if find_spec(name) is None:
             missing.append({"name": name, "needed_for": purpose, "command": command, "optional": True})
     return missing
+
+
+def _has_cuda(library: Path | None) -> bool:
+    try:
+        return library is not None and kernel.has_cuda(library)
+    except PluginLoadError:
+        return True  # among the problems already
 
 
 def cpu() -> dict[str, Any]:

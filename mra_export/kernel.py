@@ -1,4 +1,4 @@
-"""ctypes binding of libmra_attention, the compiled CPU kernel. Imports no framework: tensors are addresses.
+"""ctypes binding of libmra_attention, the compiled kernels. Imports no framework: tensors are addresses.
 
 Work runs on the OpenMP pool that the process already has (torch's, where torch is loaded): a second pool on the same cores would
 fight with it. Without one, threads are started at each call.
@@ -25,6 +25,8 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """Name of the tensor type T -> MraDtype."""
 
 ALIGNMENT = 64
+_NOT_BUILT = 14
+"""MRA_ERROR_NOT_BUILT."""
 _KEPT_WORKSPACE_BYTES = 1 << 28
 """A thread keeps its workspace for the next call up to this size: fresh pages cost more than the kernel's own time."""
 
@@ -80,12 +82,29 @@ def library() -> Any:
     loaded.mra_attention_cpu_workspace_size.argtypes = (ctypes.POINTER(Params), ctypes.c_int32, ctypes.POINTER(size))
     loaded.mra_attention_cpu.argtypes = (ctypes.POINTER(Params), *[pointer] * 6, size, pointer)
     loaded.mra_attention_cpu_selection.argtypes = (ctypes.POINTER(Params), *[pointer] * 6, size, pointer)
+    loaded.mra_attention_cuda_workspace_size.argtypes = (ctypes.POINTER(Params), ctypes.POINTER(size))
+    loaded.mra_attention_cuda.argtypes = (ctypes.POINTER(Params), *[pointer] * 6, size, pointer)
+    loaded.mra_attention_cuda_selection.argtypes = (ctypes.POINTER(Params), *[pointer] * 6, size, pointer)
     return loaded
 
 
 def available() -> bool:
     """Whether the compiled library is there. One that is there but does not load is an error when it is used, not a silent no."""
     return libraries.find("kernels") is not None
+
+
+@cache
+def has_cuda(path: Path) -> bool:
+    """Whether the library of this path, libmra_attention or libmra_ort, was built with the CUDA kernels. Needs no GPU.
+
+    Raises PluginLoadError where it does not load.
+    """
+    try:
+        workspace_size = ctypes.CDLL(str(path)).mra_attention_cuda_workspace_size
+    except (OSError, AttributeError) as error:
+        raise PluginLoadError(f"{path} does not load: {error}; rebuild it with {libraries.GET['kernels']}") from error
+    params = make_params(Attributes(num_heads=1, num_blocks=1, scale=1.0), "float32", 1, 1, 8)
+    return bool(workspace_size(ctypes.byref(params), ctypes.byref(ctypes.c_size_t())) != _NOT_BUILT)
 
 
 def cpu_target() -> str:
@@ -123,6 +142,44 @@ def attention_cpu(
         library().mra_attention_cpu(params, query, key, value, mask, context, workspace.address, workspace.size, threads.address),
         params,
     )
+
+
+def selection_cpu(params: Params, query: int, key: int, mask: int, blocks: int, score: int | None, num_threads: int) -> None:
+    """What `attention_cpu` selects, on memory given as addresses.
+
+    blocks, (B, H, nb, nb) uint8, 2 = chosen, 1 = excluded but not chosen, and score, (B, H, nb, nb) float32 or None, are written.
+    Raises ContractError, PluginLoadError.
+    """
+    workspace = _workspace_for(params, num_threads)
+    threads = _ThreadsFor(num_threads)
+    addresses = (query, key, mask, blocks, score, workspace.address)
+    _check(library().mra_attention_cpu_selection(params, *addresses, workspace.size, threads.address), params)
+
+
+def cuda_workspace_size(params: Params) -> int:
+    """Bytes of device memory that `attention_cuda` and `selection_cuda` need. Raises ContractError, PluginLoadError."""
+    needed = ctypes.c_size_t()
+    _check(library().mra_attention_cuda_workspace_size(params, needed), params)
+    return needed.value
+
+
+def attention_cuda(
+    params: Params, query: int, key: int, value: int, mask: int, context: int, workspace: int, workspace_bytes: int, stream: int
+) -> None:
+    """Queue the kernel on a cudaStream_t, of the current device; all addresses are its memory, laid out as for `attention_cpu`.
+
+    Returns at once. Raises ContractError, also where a launch is refused, and PluginLoadError.
+    """
+    addresses = (query, key, value, mask, context, workspace)
+    _check(library().mra_attention_cuda(params, *addresses, workspace_bytes, stream), params)
+
+
+def selection_cuda(
+    params: Params, query: int, key: int, mask: int, blocks: int, workspace: int, workspace_bytes: int, stream: int
+) -> None:
+    """As `selection_cpu`, without the score, queued as `attention_cuda` is."""
+    addresses = (query, key, mask, blocks, None, workspace)
+    _check(library().mra_attention_cuda_selection(params, *addresses, workspace_bytes, stream), params)
 
 
 def make_params(attributes: Attributes, dtype: str, batch: int, length: int, head_size: int) -> Params:
@@ -207,10 +264,7 @@ def selection(
     states = np.empty((batch, attributes.num_heads, blocks, blocks), np.uint8)
     score = np.empty(states.shape, np.float32)
     params = make_params(attributes, str(q.dtype), batch, length, head_size)
-    workspace = _workspace_for(params, num_threads)
-    threads = _ThreadsFor(num_threads)
-    addresses = (array.ctypes.data for array in (q, k, m, states, score))
-    _check(library().mra_attention_cpu_selection(params, *addresses, workspace.address, workspace.size, threads.address), params)
+    selection_cpu(params, q.ctypes.data, k.ctypes.data, m.ctypes.data, states.ctypes.data, score.ctypes.data, num_threads)
     return states == 2, states > 0, score
 
 

@@ -70,9 +70,10 @@ class MraRuntime:
         use_op_library: False runs the operator's definition in place of the compiled library, slower: ONNX Runtime the graph's own
         function body, which needs N x N memory, and torch the reference attention.
         intra_op_threads: threads of one ONNX Runtime call; torch has its own torch.set_num_threads.
-        engine, allow_embedded_plugin, cuda_graphs: for tensorrt, see backends/tensorrt.py.
-        chosen_tokens: for ONNX Runtime, load the graph so that `run` with `tokens` does no more than these tokens need; for the
-        bundles of Manifest.chooses_tokens.
+        engine, allow_embedded_plugin: for tensorrt, see backends/tensorrt.py.
+        cuda_graphs: tensorrt and onnxruntime on a GPU capture each shape once and replay it.
+        chosen_tokens: for ONNX Runtime on a CPU, load the graph so that `run` with `tokens` does no more than these tokens need;
+        for the bundles of Manifest.chooses_tokens.
 
         Raises BundleError (missing, altered, another contract), BackendError (cannot run here), PluginLoadError (a library),
         EngineError (an engine does not fit this machine; the message has the command that rebuilds it).
@@ -82,14 +83,18 @@ class MraRuntime:
         _check_choice("device", device, DEVICES)
         if intra_op_threads is not None and intra_op_threads < 1:
             raise ContractError(f"intra_op_threads is {intra_op_threads}: it must be 1 or more")
-        if chosen_tokens and backend not in ("auto", "onnxruntime"):
-            raise ContractError(f"chosen_tokens is for ONNX Runtime, backend is {backend!r}: `run` takes tokens without it too")
-        if backend != "tensorrt" and (engine is not None or allow_embedded_plugin or cuda_graphs):
-            raise ContractError("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'")
+        if chosen_tokens and (backend not in ("auto", "onnxruntime") or device != "cpu"):
+            raise ContractError(
+                f"chosen_tokens is for ONNX Runtime on a CPU, not for {backend!r} on {device!r}: `run` takes tokens without it too"
+            )
+        if backend != "tensorrt" and (engine is not None or allow_embedded_plugin):
+            raise ContractError("engine and allow_embedded_plugin are for backend 'tensorrt'")
         loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         if backend == "auto":
             backend, why = choose_backend(loaded, device, use_op_library)
             logger.info("%s: backend %s on %s, because %s", loaded.path, backend, device, why)
+        if cuda_graphs and (backend == "torch" or device != "cuda"):
+            raise ContractError("cuda_graphs is for backends 'tensorrt' and 'onnxruntime' on device 'cuda'")
         if backend == "torch":
             if intra_op_threads is not None:
                 raise ContractError("intra_op_threads is for ONNX Runtime: call torch.set_num_threads for the torch backend")
@@ -101,7 +106,9 @@ class MraRuntime:
                     "engine without the operator's library"
                 )
             return cls(loaded, _tensorrt(loaded, device, engine, allow_embedded_plugin, cuda_graphs))
-        return cls(loaded, _onnx_runtime(loaded, device, use_op_library, intra_op_threads, chosen_tokens))
+        if device == "cuda":
+            return cls(loaded, _onnx_runtime_cuda(loaded, use_op_library, intra_op_threads, cuda_graphs))
+        return cls(loaded, _onnx_runtime(loaded, use_op_library, intra_op_threads, chosen_tokens))
 
     def run(self, *, tokens: Any = None, **arrays: Any) -> dict[str, Any]:
         """Run the model once. Give input_ids and, where wanted, attention_mask (1 = real token) and token_type_ids.
@@ -109,8 +116,8 @@ class MraRuntime:
         Each is a numpy array or torch tensor of integers, (batch, length), or (batch, choices, length) for multiple choice.
         tokens: (chosen,) integers, for bundles whose outputs have an entry per token: the tokens, numbered through (batch, length),
         whose entries are wanted; outputs are then (chosen, ...). None: all, (batch, length, ...).
-        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, CUDA
-        tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
+        Returns the outputs by transformers' names, numpy for numpy and torch for torch (input_ids decides); with tensorrt, and
+        with onnxruntime on a GPU, CUDA tensors go in and come out without a copy, on torch's current stream. numpy has no bfloat16:
         bfloat16 outputs come as float32 arrays. Raises ContractError for inputs the model cannot take.
         """
         running = self._running
@@ -258,26 +265,29 @@ def _tensorrt(bundle: Bundle, device: str, engine: str | None, allow_embedded_pl
     return TensorRtBackend(bundle, engine=engine, allow_embedded_plugin=allow_embedded_plugin, cuda_graphs=cuda_graphs)
 
 
-def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_threads: int | None, chosen_tokens: bool) -> Backend:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
+def _onnx_runtime_cuda(bundle: Bundle, use_op_library: bool, intra_op_threads: int | None, cuda_graphs: bool) -> Backend:
+    library = _op_library(bundle, use_op_library)
+    from mra_export.backends.onnx_runtime_cuda import OnnxRuntimeCudaBackend
+
+    if bundle.manifest.dtype == INT8:
+        raise BackendError("an int8 bundle's graph is for CPUs: use device 'cpu', or export with --dtype fp16 for a GPU")
+    return OnnxRuntimeCudaBackend(
+        bundle.file(MODEL),
+        dtype=float_dtype(bundle.manifest.dtype),
+        library=library,
+        intra_op_threads=intra_op_threads,
+        cuda_graphs=cuda_graphs,
+    )
+
+
+def _onnx_runtime(bundle: Bundle, use_op_library: bool, intra_op_threads: int | None, chosen_tokens: bool) -> Backend:
+    library = _op_library(bundle, use_op_library)
     from mra_export.backends.onnx_runtime import OnnxRuntimeBackend, TokenOnnxRuntimeBackend
 
-    if device == "cuda" and bundle.manifest.dtype == INT8:
-        raise BackendError("an int8 bundle's graph is for CPUs: use device 'cpu', or export with --dtype fp16 for a GPU")
-    library = None
-    if use_op_library:
-        if OP_LIBRARY not in bundle.manifest.files:
-            raise BackendError(
-                f"{bundle.path} holds no op library ({OP_LIBRARY}): export it again where `mra-export doctor` shows ort_ops, "
-                "or pass use_op_library=False (slower, same answer)"
-            )
-        library = bundle.file(OP_LIBRARY)
     manifest = bundle.manifest
     options: dict[str, Any] = {
         "dtype": float_dtype(manifest.dtype),
         "library": library,
-        "device": device,
         "intra_op_threads": intra_op_threads,
     }
     if not chosen_tokens:
@@ -288,3 +298,17 @@ def _onnx_runtime(bundle: Bundle, device: str, use_op_library: bool, intra_op_th
             f"not for {manifest.dtype}, {manifest.task}: leave it out"
         )
     return TokenOnnxRuntimeBackend(bundle.file(MODEL), hidden_size=manifest.model.hidden_size, **options)
+
+
+def _op_library(bundle: Bundle, use_op_library: bool) -> Path | None:
+    """The bundle's op library for ONNX Runtime, which is there; None where it is not wanted."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendError("backend is 'onnxruntime', but onnxruntime is not installed: pip install onnxruntime")
+    if not use_op_library:
+        return None
+    if OP_LIBRARY not in bundle.manifest.files:
+        raise BackendError(
+            f"{bundle.path} holds no op library ({OP_LIBRARY}): export it again where `mra-export doctor` shows ort_ops, "
+            "or pass use_op_library=False (slower, same answer)"
+        )
+    return bundle.file(OP_LIBRARY)

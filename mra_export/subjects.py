@@ -35,10 +35,11 @@ from mra_export.runtime import MraRuntime
 
 Arrays = dict[str, npt.NDArray[Any]]
 Float32 = npt.NDArray[np.float32]
-NAMES = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnx-reference", "tensorrt")
+NAMES = ("torch", "torch-reference", "onnxruntime", "onnxruntime-function", "onnxruntime-cuda", "onnx-reference", "tensorrt")
 """torch: the compiled operator. torch-reference: attention in plain torch, in the bundle's dtype. onnxruntime: with the op library.
-onnxruntime-function: without it, the graph's own function body. onnx-reference: onnx's ReferenceEvaluator, short inputs only.
-tensorrt: the bundle's engine, which does not show what its layers are given."""
+onnxruntime-function: without it, the graph's own function body. onnxruntime-cuda: with the op library, on a GPU.
+onnx-reference: onnx's ReferenceEvaluator, short inputs only. tensorrt: the bundle's engine. The two on a GPU do not show what their
+layers are given."""
 
 _FUNCTION_BODY_LIMIT = 2 << 30
 """Bytes of N x N intermediates that the function body may take here before a case is left out."""
@@ -87,8 +88,8 @@ def open_subject(name: str, bundle: Bundle) -> Subject:
         return _OnnxRuntime(name, bundle)
     if name == "onnx-reference":
         return _OnnxReference(name, bundle)
-    if name == "tensorrt":
-        return _TensorRt(name, bundle)
+    if name in ("onnxruntime-cuda", "tensorrt"):
+        return _OnGpu(name, bundle)
     raise BackendError(f"backend is {name!r}: use one of {', '.join(NAMES)}")
 
 
@@ -197,12 +198,12 @@ class _OnnxReference(Subject):
         return f"onnx's ReferenceEvaluator is plain numpy: verify gives it up to {_REFERENCE_TOKENS} tokens"
 
 
-class _TensorRt(Subject):
+class _OnGpu(Subject):
     opaque = True
 
     def __init__(self, name: str, bundle: Bundle) -> None:
         super().__init__(name, bundle)
-        self.runtime = MraRuntime.load(bundle, "tensorrt")
+        self.runtime = MraRuntime.load(bundle, name.removesuffix("-cuda"), "cuda")
 
     def run(self, inputs: Inputs) -> Arrays:
         assert self.runtime is not None
@@ -214,7 +215,7 @@ class _TensorRt(Subject):
     def operator(
         self, attributes: Attributes, query: Float32, key: Float32, value: Float32, mask: npt.NDArray[np.bool_]
     ) -> Float32:
-        raise NotImplementedError("an engine is one piece")
+        raise NotImplementedError(f"{self.name} runs whole graphs only")
 
     def cannot_run(self, case: Case) -> str | None:
         assert self.runtime is not None

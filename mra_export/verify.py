@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mra_export import accuracy, polygraphy_compare
+from mra_export.backends.onnx_runtime import cuda_available
 from mra_export.backends.pytorch import TorchBackend
 from mra_export.bundle import Bundle
 from mra_export.cases import Case, Inputs, random_case, sweep, text_cases
@@ -76,7 +77,9 @@ def verify(
     shared: list[str] = []  # runtimes that Polygraphy compares with each other
     golden = bundle.golden()[0]
     for name in backends or NAMES:
-        if name == "tensorrt" and not backends and not bundle.manifest.engines:
+        if not backends and name == "tensorrt" and not bundle.manifest.engines:
+            continue
+        if not backends and name == "onnxruntime-cuda" and not cuda_available():
             continue
         if name == "torch-reference" and float_dtype(dtype) == "fp32" and not backends:
             rows.append(Row("outputs", name, "fp32", "all", "", SKIP, "this is the reference itself"))

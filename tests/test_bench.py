@@ -161,7 +161,7 @@ def test_torch_threads_are_put_back(bundles, monkeypatch) -> None:
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"seed": -1}, "seed is -1"),
         ({"mask": "holes"}, "mask is 'holes': use one of full, ragged"),
-        ({"cuda_graphs": True}, "for backend 'tensorrt'"),
+        ({"cuda_graphs": True}, "for backend 'tensorrt' and for 'onnxruntime' on device 'cuda'"),
         ({"backends": ["tensorrt"], "threads": 2}, "threads is 2: backend 'tensorrt' runs on a GPU"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_python_without_packages_is_told_not_tripped_over(step, tmp_path):
     assert "pip install numpy torch" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["model_check.py", "engine_check.py"])
+@pytest.mark.parametrize("script", ["model_check.py", "engine_check.py", "ort_check.py", "torch_check.py"])
 def test_a_check_without_packages_is_left_out(script):
     result = run([sys.executable, "-S", GPU_TESTS / script], PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stderr) == (77, "")

@@ -15,6 +15,7 @@ import pytest
 from exported import checkpoint
 
 from mra_export import cases, subjects
+from mra_export.backends.onnx_runtime import cuda_available
 from mra_export.bundle import MODEL, OP_LIBRARY, WEIGHTS, Bundle, file_entry
 from mra_export.contract import TOLERANCES
 from mra_export.errors import BackendError, ContractError
@@ -54,7 +55,9 @@ def test_every_runtime_of_a_good_bundle_agrees(bundles, kind) -> None:
     report = verify(bundle, quick=True)
     assert report.passed, [row for row in report.rows if row.status == FAIL]
     assert "tensorrt" not in {row.backend for row in report.rows}, "the bundle has no engine"
-    for name in set(subjects.NAMES) - {"tensorrt"}:
+    on_gpu = {row.status for row in report.rows if row.backend == "onnxruntime-cuda"}
+    assert on_gpu == set() or cuda_available(), "this onnxruntime has no CUDA provider"
+    for name in set(subjects.NAMES) - {"tensorrt", "onnxruntime-cuda"}:
         rows = [row for row in report.rows if row.backend == name]
         assert rows
         if name == "torch-reference" and bundle.manifest.dtype == "fp32":
@@ -74,6 +77,12 @@ def test_bfloat16_passes_in_torch_and_says_why_not_elsewhere(bundles) -> None:
     assert any("ONNX Runtime's CPU provider has no bfloat16 MatMul" in row.reason for row in report.rows)
     with pytest.raises(BackendError, match="no bfloat16 MatMul"):
         verify(loaded(bundles("bf16")), ["onnxruntime"], quick=True)
+
+
+@pytest.mark.skipif(cuda_available(), reason="this onnxruntime has the CUDA provider")
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(bundles) -> None:
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
+        verify(loaded(bundles("fp32")), ["onnxruntime-cuda"], quick=True)
 
 
 def test_the_whole_sweep_has_the_lengths_batches_masks_and_text(bundles) -> None:

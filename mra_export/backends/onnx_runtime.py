@@ -1,8 +1,8 @@
-"""ONNX Runtime: the bundle's graph with the op library's kernel, or, without the library, with the graph's own function body."""
+"""ONNX Runtime on a CPU: the bundle's graph with the op library's kernel, or, without the library, with its own function body."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ _PROBE = Attributes(num_heads=1, num_blocks=1, scale=1.0)
 
 
 class OnnxRuntimeBackend:
-    """One session. folder: of the weights beside a graph that is given as bytes.
+    """One session on the CPU. folder: of the weights beside a graph that is given as bytes.
 
-    Raises BackendError where the device or dtype cannot run, PluginLoadError where the library does not load.
+    Raises BackendError where the dtype cannot run, PluginLoadError where the library does not load.
     """
 
     name = "onnxruntime"
+    device = "cpu"
 
     def __init__(
         self,
@@ -45,31 +46,23 @@ class OnnxRuntimeBackend:
         *,
         dtype: str,
         library: Path | None,
-        device: str = "cpu",
         intra_op_threads: int | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.device = device
-        check_device(dtype, device)
+        check_device(dtype, "cpu")
         if library is not None:
-            probe_library(library, dtype, device)
-        options = session_options(library, intra_op_threads, device)
+            probe_library(library, dtype, "cpu")
+        options = session_options(library, intra_op_threads)
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        source = model if isinstance(model, bytes) else str(model)
-        try:
-            self._session = ort.InferenceSession(source, options, providers=_providers(device))
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph: {_first_line(error)}") from error
-        if device == "cuda" and CUDA not in self._session.get_providers():
-            raise BackendError(f"ONNX Runtime {ort.__version__} could not start its {CUDA}: check the driver and CUDA libraries")
+        self._session = load_session(model, options, [CPU])
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, Any]:
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
         except Exception as error:
-            raise BackendError(f"ONNX Runtime {ort.__version__} failed to run the graph: {_first_line(error)}") from error
+            raise BackendError(f"ONNX Runtime {ort.__version__} failed to run the graph: {first_line(error)}") from error
 
 
 class TokenOnnxRuntimeBackend(OnnxRuntimeBackend):
@@ -123,7 +116,7 @@ def session_options(library: Path | None, intra_op_threads: int | None = None, d
             options.register_custom_ops_library(str(library))
         except Exception as error:
             raise PluginLoadError(
-                f"{library} does not load into ONNX Runtime {ort.__version__}: {_first_line(error)}. "
+                f"{library} does not load into ONNX Runtime {ort.__version__}: {first_line(error)}. "
                 "Export again on this machine, or pass use_op_library=False (slower, same answer)"
             ) from error
     return options
@@ -150,11 +143,12 @@ def probe_library(library: Path, dtype: str, device: str) -> None:
     if device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        ort.InferenceSession(model.SerializeToString(), options, providers=_providers(device))
-    except Exception as error:
+        load_session(model.SerializeToString(), options, [CUDA if device == "cuda" else CPU])
+    except BackendError as error:
+        words = first_line(error.__cause__ or error)
         raise PluginLoadError(
             f"{library} loads, but brings no {OP_DOMAIN}.{OP_TYPE} for {dtype} on {device} to ONNX Runtime {ort.__version__}: "
-            f"{_first_line(error)}. Export again with this mra-export, or pass use_op_library=False (slower, same answer)"
+            f"{words}. Export again with this mra-export, or pass use_op_library=False (slower, same answer)"
         ) from error
 
 
@@ -162,9 +156,18 @@ def _node_attributes(attributes: Attributes) -> dict[str, Any]:
     return {name: int(value) if isinstance(value, bool) else value for name, value in attributes.as_dict().items()}
 
 
-def _providers(device: str) -> list[str]:
-    return [CUDA, CPU] if device == "cuda" else [CPU]
+def load_session(
+    model: Path | bytes, options: ort.SessionOptions, providers: Sequence[str | tuple[str, dict[str, str]]]
+) -> ort.InferenceSession:
+    """A session that never goes on with other providers by itself. Raises BackendError with ONNX Runtime's own words."""
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph: {first_line(error)}") from error
+    session.disable_fallback()  # what enable_fallback says, for versions that do not know it
+    return session
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,8 @@
 """MRA attention in plain torch: the reference that every other implementation is compared with.
 
 docs/operator.md is the meaning; "step n" below is its numbering. Block-sparse: the largest tensors have one 32 x 32 tile for each
-chosen block, never N x N. Any device; differentiable with the selection held fixed.
+chosen block, never N x N. Any device; differentiable with the selection held fixed. No shape depends on data and no value is read
+back: nothing waits for a GPU, and calls may be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from mra_export.errors import ContractError
 
 EPSILON = 1e-6
 """Guards both divisions: by a block's token count (step 1) and by a token's sum of weights (step 6)."""
+BACKWARD_BYTES = 512 << 20
+"""About what the backward's tiles take at once: heads beyond it wait for their turn."""
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -127,14 +130,18 @@ def _cut(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     real = mask != 0
 
-    def cut(x: Tensor) -> Tensor:
-        # Zero before any arithmetic: 0 * NaN is NaN, in the gradient too.
-        x = x.masked_fill(~real[:, :, None], 0.0).to(compute)
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-        return x.view(batch, -1, BLOCK_SIZE, num_heads, head_size).permute(0, 3, 1, 2, 4).contiguous()
-
     real_blocks = torch.nn.functional.pad(real, (0, padding)).view(batch, 1, -1, BLOCK_SIZE)
-    return _Blocks(cut(query), cut(key), cut(value), real_blocks, real_blocks.sum(-1).to(compute))
+    cut = [_cut_tensor(x, real, num_heads, head_size, compute) for x in (query, key, value)]
+    return _Blocks(cut[0], cut[1], cut[2], real_blocks, real_blocks.sum(-1).to(compute))
+
+
+def _cut_tensor(x: Tensor, real: Tensor, num_heads: int, head_size: int, compute: torch.dtype) -> Tensor:
+    """x (B, N, H * D), real (B, N) -> (B, H, nb, 32, D)."""
+    batch, length, _ = x.shape
+    # Zero before any arithmetic: 0 * NaN is NaN, in the gradient too.
+    x = x.masked_fill(~real[:, :, None], 0.0).to(compute)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -length % BLOCK_SIZE))
+    return x.view(batch, -1, BLOCK_SIZE, num_heads, head_size).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _block_logit(blocks: _Blocks, scale: float) -> Tensor:
@@ -185,7 +192,7 @@ def _prior_count(nb: int, attributes: Attributes, device: torch.device) -> Tenso
 class _Weights(NamedTuple):
     """Step 6's weights of each query token, relative to its largest one: then eps is too, and exp never overflows.
 
-    R = B * H * nb block rows; M chosen block pairs that have a key.
+    R = B * H * nb block rows; M = B * H * min(K, nb * nb) chosen block pairs. One without a key, or too many, weighs nothing.
     """
 
     query_row: Tensor  # (M,) query block of each pair, an index into R
@@ -203,10 +210,10 @@ def _weights(blocks: _Blocks, logit: Tensor, selection: Selection, attributes: A
     rows = batch * heads * nb
     has_keys = blocks.token_count[:, :, None, :] > 0  # (B, 1, 1, nb)
 
-    pair = (selection.chosen & has_keys).flatten().nonzero().squeeze(-1)
-    query_row = pair // nb
-    key_row = query_row // nb * nb + pair % nb
-    key_real = blocks.real.expand(-1, heads, -1, -1).reshape(rows, BLOCK_SIZE)[key_row]
+    pair, there = _pairs(selection.chosen, attributes.num_blocks)
+    first_row = torch.arange(0, rows, nb, device=logit.device).view(batch, heads, 1)  # of each batch row and head
+    query_row, key_row = ((first_row + index).flatten() for index in (pair // nb, pair % nb))
+    key_real = blocks.real.expand(-1, heads, -1, -1).reshape(rows, BLOCK_SIZE)[key_row] & there.view(-1, 1)
     query_tile, key_tile = _tiles(attributes.scale * blocks.query, query_row), _tiles(blocks.key, key_row)
     tile_logit = (query_tile @ key_tile.transpose(-1, -2)).masked_fill(~key_real[:, None, :], -math.inf)
 
@@ -233,6 +240,19 @@ def _weights(blocks: _Blocks, logit: Tensor, selection: Selection, attributes: A
     return _Weights(query_row, key_row, tile, block, correction, total)
 
 
+def _pairs(chosen: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """The chosen pairs as flat indices i * nb + j, and which of them there are; each (B, H, min(K, nb * nb)).
+
+    chosen: (B, H, nb, nb). Where it has fewer than K, the rest point anywhere.
+    """
+    flat = chosen.flatten(-2)
+    rank = torch.arange(1, min(num_blocks, flat.shape[-1]) + 1, device=chosen.device, dtype=torch.int32)
+    rank = rank.expand(*flat.shape[:2], -1).contiguous()
+    pair = torch.searchsorted(flat.cumsum(-1, dtype=torch.int32), rank)
+    last = flat.shape[-1] - 1
+    return pair.clamp(max=last), pair <= last
+
+
 def _tiles(x: Tensor, row: Tensor) -> Tensor:
     """The blocks of x (B, H, nb, 32, D) that row (M,) names: (M, 32, D)."""
     return x.flatten(0, 2).index_select(0, row)
@@ -252,57 +272,94 @@ def _attend(blocks: _Blocks, logit: Tensor, selection: Selection, attributes: At
 
 @torch.no_grad()
 def mra_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, attributes: Attributes
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    attributes: Attributes,
+    selection: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for grad, that of the context; all (B, N, H * D) of one dtype. The selection is held fixed.
 
-    Written out because an operator cannot run autograd inside itself; it equals autograd of `mra_attention`.
+    selection: the chosen and excluded blocks of the forward, each (B, H, nb, nb) bool; None: those that the scores give.
+    Written out because an operator cannot run autograd inside itself; it equals autograd of `mra_attention`. Memory is that of the
+    inputs in float32 and of BACKWARD_BYTES of tiles, or one head's where that is more.
     """
     head_size = check_inputs(query, key, value, mask, attributes.num_heads)
     with torch.autocast(query.device.type, enabled=False):
         blocks = _cut(query, key, value, mask, attributes.num_heads, head_size)
-        logit = _block_logit(blocks, attributes.scale)
-        weights = _weights(blocks, logit, _select(logit, blocks.token_count, attributes), attributes)
-        query_row, key_row = weights.query_row, weights.key_row
-        query_tile, key_tile, value_tile = (
-            _tiles(blocks.query, query_row),
-            _tiles(blocks.key, key_row),
-            _tiles(blocks.value, key_row),
-        )
-        value_sum = blocks.value.sum(-2)
+        d_context = _cut_tensor(grad, mask != 0, attributes.num_heads, head_size, blocks.query.dtype)
+        gradients = tuple(torch.empty_like(blocks.query) for _ in range(3))
+        # Heads share nothing: each batch row and head is a batch row of one head here.
+        batch, heads, nb = blocks.query.shape[:3]
+        rows = [
+            x.flatten(0, 1)[:, None] for x in (*blocks[:3], *(x.expand(-1, heads, *x.shape[2:]) for x in blocks[3:]), d_context)
+        ]
+        chosen, excluded = (None if x is None else x.flatten(0, 1)[:, None] for x in selection or (None, None))
+        at_once = _heads_at_once(nb, head_size, attributes.num_blocks, blocks.query.element_size())
+        for start in range(0, batch * heads, at_once):
+            part = slice(start, start + at_once)
+            some = _Blocks(*(x[part] for x in rows[:-1]))
+            fixed = None if chosen is None or excluded is None else (chosen[part], excluded[part])
+            for gradient, found in zip(gradients, _backward(rows[-1][part], some, attributes, fixed), strict=True):
+                gradient.flatten(0, 1)[part] = found[:, 0]
+        d_query, d_key, d_value = (_join(x.masked_fill_(~blocks.real[..., None], 0.0), query) for x in gradients)
+        return d_query, d_key, d_value
 
-        # context = numerator / total. The gradient of total is -<d numerator, context>, summed from the parts below.
-        d_context = _cut(grad, grad, grad, mask, attributes.num_heads, head_size).query.flatten(0, 2)
-        d_numerator = d_context / weights.total[..., None]
-        numerator = torch.zeros_like(d_context).index_add_(0, query_row, weights.tile @ value_tile)
-        if weights.block is not None and weights.correction is not None:
-            numerator += weights.correction[..., None] * (weights.block @ value_sum).flatten(0, 2)[:, None, :]
-        d_total = -(d_numerator * numerator).sum(-1) / weights.total
 
-        # Chosen blocks.
-        d_numerator_tile = d_numerator.index_select(0, query_row)
-        d_tile = d_numerator_tile @ value_tile.transpose(-1, -2) + d_total.index_select(0, query_row)[..., None]
-        d_tile_logit = attributes.scale * d_tile * weights.tile
-        d_query = torch.zeros_like(d_context).index_add_(0, query_row, d_tile_logit @ key_tile)
-        d_key = torch.zeros_like(d_context).index_add_(0, key_row, d_tile_logit.transpose(-1, -2) @ query_tile)
-        d_value = torch.zeros_like(d_context).index_add_(0, key_row, weights.tile.transpose(-1, -2) @ d_numerator_tile)
+def _heads_at_once(nb: int, head_size: int, num_blocks: int, item: int) -> int:
+    tiles = min(num_blocks, nb * nb) * BLOCK_SIZE * (5 * head_size + 4 * BLOCK_SIZE) * item
+    scores = nb * nb * 64  # sorting them: values, classes, their order
+    return max(1, BACKWARD_BYTES // (tiles + scores))
 
-        # The others, a whole block at a time.
-        if weights.block is not None and weights.correction is not None:
-            d_block_numerator = (weights.correction[..., None] * d_numerator).sum(1).view_as(value_sum)
-            d_block_total = (weights.correction * d_total).sum(1).view(*value_sum.shape[:-1], 1)
-            d_block = d_block_numerator @ value_sum.transpose(-1, -2) + d_block_total * blocks.token_count[:, :, None, :]
-            d_logit = attributes.scale * d_block * weights.block
-            divisor = (blocks.token_count + EPSILON)[..., None]
-            query_mean, key_mean = blocks.query.sum(-2) / divisor, blocks.key.sum(-2) / divisor
-            d_query += ((d_logit @ key_mean) / divisor).flatten(0, 2)[:, None, :]
-            d_key += ((d_logit.transpose(-1, -2) @ query_mean) / divisor).flatten(0, 2)[:, None, :]
-            d_value += (weights.block.transpose(-1, -2) @ d_block_numerator).flatten(0, 2)[:, None, :]
 
-        def join(x: Tensor) -> Tensor:
-            return _join(x.view_as(blocks.query).masked_fill(~blocks.real[..., None], 0.0), query)
+def _backward(
+    d_context: Tensor, blocks: _Blocks, attributes: Attributes, fixed: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_context and the gradients: (B, H, nb, 32, D). fixed: chosen and excluded, (B, H, nb, nb)."""
+    logit = _block_logit(blocks, attributes.scale)
+    if fixed is None:
+        selection = _select(logit, blocks.token_count, attributes)
+    else:
+        nothing = logit.new_empty(0)
+        selection = Selection(*fixed, nothing, nothing, nothing)
+    weights = _weights(blocks, logit, selection, attributes)
+    query_row, key_row = weights.query_row, weights.key_row
+    query_tile, key_tile, value_tile = (
+        _tiles(blocks.query, query_row),
+        _tiles(blocks.key, key_row),
+        _tiles(blocks.value, key_row),
+    )
+    value_sum = blocks.value.sum(-2)
 
-        return join(d_query), join(d_key), join(d_value)
+    # context = numerator / total. The gradient of total is -<d numerator, context>, summed from the parts below.
+    d_numerator = d_context.flatten(0, 2) / weights.total[..., None]
+    numerator = torch.zeros_like(d_numerator).index_add_(0, query_row, weights.tile @ value_tile)
+    if weights.block is not None and weights.correction is not None:
+        numerator += weights.correction[..., None] * (weights.block @ value_sum).flatten(0, 2)[:, None, :]
+    d_total = -(d_numerator * numerator).sum(-1) / weights.total
+
+    # Chosen blocks.
+    d_numerator_tile = d_numerator.index_select(0, query_row)
+    d_tile = d_numerator_tile @ value_tile.transpose(-1, -2) + d_total.index_select(0, query_row)[..., None]
+    d_tile_logit = attributes.scale * d_tile * weights.tile
+    d_query = torch.zeros_like(d_numerator).index_add_(0, query_row, d_tile_logit @ key_tile)
+    d_key = torch.zeros_like(d_numerator).index_add_(0, key_row, d_tile_logit.transpose(-1, -2) @ query_tile)
+    d_value = torch.zeros_like(d_numerator).index_add_(0, key_row, weights.tile.transpose(-1, -2) @ d_numerator_tile)
+
+    # The others, a whole block at a time.
+    if weights.block is not None and weights.correction is not None:
+        d_block_numerator = (weights.correction[..., None] * d_numerator).sum(1).view_as(value_sum)
+        d_block_total = (weights.correction * d_total).sum(1).view(*value_sum.shape[:-1], 1)
+        d_block = d_block_numerator @ value_sum.transpose(-1, -2) + d_block_total * blocks.token_count[:, :, None, :]
+        d_logit = attributes.scale * d_block * weights.block
+        divisor = (blocks.token_count + EPSILON)[..., None]
+        query_mean, key_mean = blocks.query.sum(-2) / divisor, blocks.key.sum(-2) / divisor
+        d_query += ((d_logit @ key_mean) / divisor).flatten(0, 2)[:, None, :]
+        d_key += ((d_logit.transpose(-1, -2) @ query_mean) / divisor).flatten(0, 2)[:, None, :]
+        d_value += (weights.block.transpose(-1, -2) @ d_block_numerator).flatten(0, 2)[:, None, :]
+    return d_query.view_as(blocks.query), d_key.view_as(blocks.query), d_value.view_as(blocks.query)
 
 
 def _join(x: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """mra::attention, the operator as PyTorch sees it: one node in torch.export, one call in torch.compile.
 
-Forward: the compiled library for float32, float16 and bfloat16 on a CPU when it is installed, else the reference (attention.py).
-Backward: the reference's.
+Forward: the compiled library for float32, float16 and bfloat16 where it has a kernel for the device (compiled.py), else the
+reference (attention.py). Backward: the reference's formula with the forward's selection. Under autocast: in autocast's dtype.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mra_export import kernel
 from mra_export.contract import ATTRIBUTE_NAMES, TORCH_OP, Attributes, check_shapes
 from mra_export.errors import ContractError
+from mra_export.model import compiled
 from mra_export.model.attention import check_inputs, mra_attention, mra_attention_backward
-
-_KERNEL_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 @torch.library.custom_op(TORCH_OP, mutates_args=())
@@ -41,30 +39,15 @@ def attention(
         initial_prior_diagonal_n_blocks,
         padding_invariant,
     )
-    if query.device.type == "cpu" and query.dtype in _KERNEL_DTYPES and kernel.available():
-        return _compiled(query, key, value, mask, attributes)
+    check_inputs(query, key, value, mask, num_heads)
+    if compiled.takes(query):
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        return compiled.attention(query, key, value, _real(mask), attributes)
     return mra_attention(query, key, value, mask, attributes)
 
 
-def _compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, attributes: Attributes) -> Tensor:
-    head_size = check_inputs(query, key, value, mask, attributes.num_heads)
-    query, key, value = (x.contiguous() for x in (query, key, value))
-    real = (mask != 0).to(torch.int32).contiguous()
-    context = torch.empty_like(query)
-    kernel.attention_cpu(
-        attributes,
-        _KERNEL_DTYPES[query.dtype],
-        query.shape[0],
-        query.shape[1],
-        head_size,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        real.data_ptr(),
-        context.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return context
+def _real(mask: Tensor) -> Tensor:
+    return (mask != 0).to(torch.int32).contiguous()
 
 
 @attention.register_fake
@@ -103,7 +86,11 @@ def attention_backward(
         initial_prior_diagonal_n_blocks,
         padding_invariant,
     )
-    return mra_attention_backward(grad, query, key, value, mask, attributes)
+    check_inputs(query, key, value, mask, num_heads)
+    selection = None
+    if compiled.takes(query):
+        selection = compiled.selection(query.contiguous(), key.contiguous(), _real(mask), attributes)
+    return mra_attention_backward(grad, query, key, value, mask, attributes, selection)
 
 
 @attention_backward.register_fake
@@ -124,3 +111,25 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 attention.register_autograd(_backward, setup_context=_save)
+
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """query, key and value go in as autocast's dtype, like those of torch's own attention; float64 stays, as there."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = (x.to(dtype) if x.dtype in _CAST else x for x in (query, key, value))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            context: Tensor = torch.ops.mra.attention.default(*tensors, *rest)
+        return context
+
+    torch.library.impl(TORCH_OP, key, lib=_library)(cast)
+
+
+_library = torch.library.Library(TORCH_OP.split("::")[0], "FRAGMENT")  # type: ignore[no-untyped-call]
+for _device_type, _key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+    _register_autocast(_device_type, _key)

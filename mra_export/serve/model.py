@@ -58,7 +58,8 @@ class ServedModel:
         bundle = Bundle.load(self.bundle.path)
         backend = choose_backend(bundle, device, True)[0] if settings.backend == "auto" else settings.backend
         workers, threads = share_processors(backend, device, settings.workers, settings.threads)
-        chosen = backend == "onnxruntime" and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
+        on_cpu = (backend, device) == ("onnxruntime", "cpu")
+        chosen = on_cpu and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
         runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
         runtime.validate()
         if has_tokenizer(bundle.path):

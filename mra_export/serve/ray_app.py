@@ -67,8 +67,9 @@ class Replica:
         device = options.device or ("cuda" if options.num_gpus else "cpu")
         backend = options.backend if options.backend != "auto" else choose_backend(bundle, device, True)[0]
         # Ray counts cores but confines nobody to them; torch's threads follow the OMP_NUM_THREADS that Ray sets.
-        threads = max(1, int(options.num_cpus)) if (backend, device) == ("onnxruntime", "cpu") else None
-        chosen = backend == "onnxruntime" and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
+        on_cpu = (backend, device) == ("onnxruntime", "cpu")
+        threads = max(1, int(options.num_cpus)) if on_cpu else None
+        chosen = on_cpu and bundle.manifest.chooses_tokens  # of fill-mask's logits few are answers
         runtime = MraRuntime.load(bundle, backend, device, intra_op_threads=threads, chosen_tokens=chosen)
         runtime.validate()
         self._batching = BatchingRuntime(

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mra_export import libraries, plan, profiles
+from mra_export import kernel, libraries, plan, profiles
 from mra_export.bundle import (
     GOLDEN,
     MODEL,
@@ -52,9 +52,6 @@ DEFAULT_BATCH = 8
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 _GRAPH_FILES = (MODEL, MODEL + ".data")
-_CUDA_PROVIDER = b"CUDAExecutionProvider"
-"""An op library with a CUDA kernel must hold this string: it is how ONNX Runtime asks which provider a kernel is for."""
-
 Config = dict[str, Any]
 
 
@@ -224,10 +221,10 @@ def _check_onnx_runtime(bundle: Bundle, options: TritonOptions) -> None:
             f"{bundle.path} holds no op library ({OP_LIBRARY}): export it again where `mra-export doctor` shows ort_ops, "
             "or pass --no-op-library (slower, same answer)"
         )
-    if device == "cuda" and _CUDA_PROVIDER not in bundle.file(OP_LIBRARY).read_bytes():
+    if device == "cuda" and not kernel.has_cuda(bundle.file(OP_LIBRARY)):
         raise BackendError(
-            f"{bundle.file(OP_LIBRARY)} has no CUDA kernel for ONNX Runtime: use --backend tensorrt, or pass --no-op-library "
-            "(the operator's definition on the GPU: N x N memory, same answer)"
+            f"{bundle.file(OP_LIBRARY)} has no CUDA kernel for ONNX Runtime: export again where it is built with an nvcc, use "
+            "--backend tensorrt, or pass --no-op-library (the operator's definition on the GPU: N x N memory, same answer)"
         )
 
 

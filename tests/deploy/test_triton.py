@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from engines import ENGINE, PLAN, bring_plugin, rewrite, state, with_engines
 
-from mra_export import libraries
+from mra_export import kernel, libraries
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.cli import main
 from mra_export.errors import BackendError, BundleError, ContractError, EngineError, PluginLoadError
@@ -93,6 +93,19 @@ def test_onnx_runtime_gets_graph_and_op_library(bundles, tmp_path) -> None:
     assert not plain.model_operations.op_library_filename
     assert plain.instance_group[0].Kind.Name(plain.instance_group[0].kind) == "KIND_GPU"
     assert [path.name for path in (tmp_path / "plain" / "mra" / "1").iterdir()] == [MODEL]
+
+
+def test_on_a_gpu_the_op_library_must_have_its_kernel(bundles, tmp_path, monkeypatch) -> None:
+    bundle = Bundle.load(bundles("fp32"))
+    monkeypatch.setattr(kernel, "has_cuda", lambda path: path != bundle.file(OP_LIBRARY))
+    with pytest.raises(BackendError, match=r"libmra_ort\.so has no CUDA kernel for ONNX Runtime: export again"):
+        write_repository(bundle, tmp_path / "repository", TritonOptions("onnxruntime", device="cuda"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(kernel, "has_cuda", lambda path: path == bundle.file(OP_LIBRARY))
+    write_repository(bundle, tmp_path / "repository", TritonOptions("onnxruntime", device="cuda"))
+    config = model_config(tmp_path / "repository" / "mra" / "config.pbtxt")
+    assert len(config.model_operations.op_library_filename) == 1
+    assert config.instance_group[0].Kind.Name(config.instance_group[0].kind) == "KIND_GPU"
 
 
 def test_tensorrt_gets_the_engine_its_profiles_and_its_batch(bundles, tmp_path) -> None:
@@ -238,7 +251,6 @@ def test_a_write_that_fails_leaves_what_was_there(bundles, tmp_path, monkeypatch
         ("int8", {"backend": "onnxruntime", "device": "cuda"}, BackendError, "use --device cpu"),
         ("int8", {"backend": "tensorrt"}, EngineError, "no engine is built from an int8 graph"),
         ("int8-dynamic", {"backend": "onnxruntime"}, ContractError, "pass --max-batch-size 1"),
-        ("fp32", {"backend": "onnxruntime", "device": "cuda"}, BackendError, "no CUDA kernel for ONNX Runtime"),
         ("fp32", {"backend": "tensorrt"}, EngineError, "has no engine: build one with `mra-export engine"),
         ("fp32", {"backend": "tensorrt", "device": "cpu"}, BackendError, "runs on device 'cuda' only"),
         ("answers", {"backend": "python", "tokenizer": True}, ContractError, "this bundle's is question-answering"),

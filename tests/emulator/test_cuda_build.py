@@ -26,8 +26,7 @@ FLAGS = (
 )
 
 # An SM has 65536 registers: enough for 2 CTAs of the 256 threads of logits and low resolution (1 at 128 dimensions of float32), for
-# 1 of the 512 or 1024 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 of attend on tensor
-# cores.
+# 1 of the 512 or 1024 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 on tensor cores.
 MOST_REGISTERS = {
     "Pool": 96,
     "Logit": 128,
@@ -52,7 +51,9 @@ INSTANCES = {
     "SelectMany": 1,
     "Low 64": 2,
     "Low 128": 2,
-    **{"AttendMma 32": 2, "AttendMma 64": 2, "AttendMma 128": 4},  # the widest one also with loads of single elements
+    "AttendMma 32": 2,
+    "AttendMma 64": 2,
+    "AttendMma 128": 4,  # the widest one also with loads of single elements
     **{f"Attend {dims}": 3 for dims in (64, 128, 256)},
     "ExportSelection": 1,
 }

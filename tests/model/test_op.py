@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from oracles import OpCase, dense_attention, make_case, op_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mra_export import kernel
 from mra_export.contract import Attributes
 from mra_export.errors import ContractError
-from mra_export.model.attention import mra_attention
+from mra_export.model import attention as attention_module
+from mra_export.model import compiled
+from mra_export.model.attention import Selection, mra_attention, mra_attention_backward
 from mra_export.model.op import attention
 
 ATTRIBUTES = Attributes(2, 4, 0.25, initial_prior_diagonal_n_blocks=1)
@@ -91,6 +99,170 @@ def test_autocast_does_not_reach_inside() -> None:
     assert torch.equal(reference, mra_attention(*leaves, mask, ATTRIBUTES))
     for a, b in zip(gradients, torch.autograd.grad(plain.float().sum(), leaves), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_casts_as_for_torchs_own_attention(compiled: bool) -> None:
+    *tensors, mask = inputs()
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def layer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return attention(query, key, value, mask, *arguments())
+
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    context = run(leaves[0], leaves[1].to(torch.bfloat16), leaves[2])  # of two types, as after a layer norm and a linear layer
+    assert context.dtype == torch.bfloat16
+    assert torch.equal(context, attention(*(x.bfloat16() for x in leaves), mask, *arguments()))
+    gradients = torch.autograd.grad(context.float().sum(), leaves)
+    assert [x.dtype for x in gradients] == [torch.float32] * 3
+    assert all(x.abs().max() > 0 for x in gradients[::2])
+    double = [x.double() for x in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(*double, mask, *arguments()).dtype == torch.float64
+        with pytest.raises(ContractError, match=r"query is torch\.int64"):
+            attention(*(x.long() for x in tensors), mask, *arguments())
+
+
+def forced_gradients(
+    tensors: list[torch.Tensor], mask: torch.Tensor, grad: torch.Tensor, attributes: Attributes, chosen: Any, excluded: Any
+) -> tuple[torch.Tensor, ...]:
+    """autograd of the reference with these blocks."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    nothing = torch.zeros(())
+    context = mra_attention(*leaves, mask, attributes, selection=Selection(chosen, excluded, nothing, nothing, nothing))
+    return torch.autograd.grad(context, leaves, grad)
+
+
+BACKWARD_CASES = [
+    (Attributes(2, 4, 0.25, "full", 0, 1), 70),
+    (Attributes(3, 9, 0.3, "sparse", 1, 0), 130),
+    (Attributes(1, 10**12, 0.2), 33),
+    (Attributes(2, 1, 0.25, padding_invariant=True), 1),
+]
+
+
+@pytest.mark.parametrize(("attributes", "length"), BACKWARD_CASES)
+@pytest.mark.parametrize("at_once", [1, 1 << 40], ids=["a head at a time", "all at once"])
+def test_the_backward_is_the_references_with_any_selection(
+    attributes: Attributes, length: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_module, "BACKWARD_BYTES", at_once)
+    calls = []
+    inner = attention_module._backward
+    monkeypatch.setattr(attention_module, "_backward", lambda d, *rest: (calls.append(len(d)), inner(d, *rest))[1])
+    *tensors, mask = inputs(torch.float64, length, attributes)
+    nb = -(-length // 32)
+    generator = torch.Generator().manual_seed(3)
+    rank = torch.rand(2, attributes.num_heads, nb * nb, generator=generator).argsort(-1)
+    chosen = (rank < attributes.num_blocks).view(2, attributes.num_heads, nb, nb)  # not those of the scores
+    excluded = chosen | (rank < attributes.num_blocks + 2).view(chosen.shape)
+    grad = torch.randn(tensors[0].shape, dtype=torch.float64, generator=generator)
+    actual = mra_attention_backward(grad, *tensors, mask, attributes, (chosen, excluded))
+    for a, b in zip(actual, forced_gradients(tensors, mask, grad, attributes, chosen, excluded), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+    assert calls == ([1] * 2 * attributes.num_heads if at_once == 1 else [2 * attributes.num_heads])
+
+
+def test_gradcheck_of_the_backward() -> None:
+    attributes = Attributes(1, 2, 0.3)
+    case = make_case(attributes, batch=1, length=40, head_size=8, masking="right padding")
+    leaves = [torch.from_numpy(x).nan_to_num(0.0).double().requires_grad_() for x in (case.query, case.key, case.value)]
+    mask = torch.from_numpy(case.mask)
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, mask, *arguments(attributes)), leaves, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_takes_the_blocks_that_the_kernel_chose(dtype: torch.dtype) -> None:
+    if not kernel.available():
+        pytest.skip("the compiled kernels are not built")
+    attributes = Attributes(2, 9, 0.25, "full", 0, 1)
+    *tensors, mask = inputs(dtype, 300, attributes)
+    leaves = [x.requires_grad_() for x in tensors]
+    context = attention(*leaves, mask, *arguments(attributes))
+    grad = torch.randn(context.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(context, leaves, grad)
+    numpy_dtype = ml_dtypes.bfloat16 if dtype == torch.bfloat16 else np.float32
+    arrays = [x.detach().float().numpy().astype(numpy_dtype) for x in tensors[:2]]
+    chosen, excluded, _ = kernel.selection(*arrays, mask.numpy(), attributes)
+    wanted = forced_gradients(
+        [x.detach().double() for x in tensors],
+        mask,
+        grad.double(),
+        attributes,
+        *(torch.from_numpy(x) for x in (chosen, excluded)),
+    )
+    rounding = 1e-5 if dtype == torch.float32 else 2.0**-8
+    for a, b in zip(gradients, wanted, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, atol=rounding * float(b.abs().max()), rtol=rounding)
+
+
+def test_nothing_depends_on_data() -> None:
+    """Fake tensors have no values: what runs with them reads none back, so it never waits for a GPU and may be in a CUDA graph."""
+    with FakeTensorMode() as mode:
+        *tensors, mask = (mode.from_tensor(x) for x in inputs(length=200))
+        context, selection = mra_attention(*tensors, mask, ATTRIBUTES, return_selection=True)
+        for fixed in (None, (selection.chosen, selection.excluded)):
+            gradients = mra_attention_backward(context, *tensors, mask, ATTRIBUTES, fixed)
+            assert [x.shape for x in gradients] == [x.shape for x in tensors]
+        with pytest.raises(Exception, match="nonzero"):
+            mask.nonzero()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_gpu_path_on_the_emulated_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors are the CPU's, everything else is what a GPU's tensors get: workspace, stream, selection for the backward."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "emulator"))
+    import emulated
+
+    streams = []
+
+    @contextlib.contextmanager
+    def stream_of(device: torch.device) -> Iterator[int]:
+        streams.append(device.type)
+        yield 0
+
+    monkeypatch.setattr(kernel, "library", emulated.library)
+    monkeypatch.setattr(compiled, "takes", lambda query: True)
+    monkeypatch.setattr(compiled, "_on_gpu", lambda query: True)
+    monkeypatch.setattr(compiled, "_stream_of", stream_of)
+    attributes = Attributes(2, 6, 0.25, "full", 0, 1)
+    *tensors, mask = inputs(dtype, 140, attributes)
+    leaves = [x.requires_grad_() for x in tensors]
+    context = attention(*leaves, mask, *arguments(attributes))
+    grad = torch.randn(context.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(context, leaves, grad)
+    assert streams == ["cpu", "cpu"]
+    chosen, excluded = compiled.selection(tensors[0].detach(), tensors[1].detach(), mask, attributes)
+    double = [x.detach().double() for x in tensors]
+    nothing = torch.zeros(())
+    forced = Selection(chosen, excluded, nothing, nothing, nothing)
+    rounding = {torch.float32: 1e-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    wanted = mra_attention(*double, mask, attributes, selection=forced)
+    torch.testing.assert_close(context.double(), wanted, atol=rounding * float(wanted.detach().abs().max()), rtol=rounding)
+    for a, b in zip(gradients, forced_gradients(double, mask, grad.double(), attributes, chosen, excluded), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2 * rounding * float(b.abs().max()), rtol=2 * rounding)
+
+
+def test_a_gpu_without_a_kernel_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    compiled._takes_gpu.cache_clear()
+    monkeypatch.setattr(compiled.libraries, "require", lambda name: Path("libmra_attention.so"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    device = torch.device("cuda", 3)
+    for built, capability, told in (
+        (False, (9, 0), "was built without CUDA"),
+        (True, (7, 5), "Old GPU is older than compute capability 8.0"),
+        (True, (8, 0), None),
+    ):
+        compiled._takes_gpu.cache_clear()
+        caplog.clear()
+        monkeypatch.setattr(kernel, "has_cuda", lambda path, built=built: built)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert [compiled._takes_gpu(device) for _ in range(2)] == [told is None] * 2
+        assert caplog.text.count("runs in plain torch on cuda:3, slower") == (told is not None)
+        assert told is None or told in caplog.text
+    compiled._takes_gpu.cache_clear()
 
 
 def test_layouts_and_mask_types_do_not_matter() -> None:

@@ -131,8 +131,6 @@ std::shared_ptr<OrtSessionOptions> SessionOptions(const Settings& settings) {
                                                ". Export again on this machine, or pass use_op_library=False "
                                                "(slower, same answer)");
     }
-    // Sessions never tell the library that they are done with its op, so it frees nothing: loaded anew for each, it would leak.
-    dlopen(settings.library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD | RTLD_NODELETE);
   }
   if (settings.device == "cuda") {
     try {
@@ -140,8 +138,9 @@ std::shared_ptr<OrtSessionOptions> SessionOptions(const Settings& settings) {
       api.Check(api->CreateCUDAProviderOptions(&cuda));
       const auto owner = Owned(cuda, api->ReleaseCUDAProviderOptions);
       const std::string index = std::to_string(settings.device_index);
-      const char *key = "device_id", *value = index.c_str();
-      api.Check(api->UpdateCUDAProviderOptions(cuda, &key, &value, 1));
+      const char* keys[] = {"device_id", "use_tf32"};
+      const char* values[] = {index.c_str(), "0"};  // a float32 model's products are float32, as on the CPU
+      api.Check(api->UpdateCUDAProviderOptions(cuda, keys, values, 2));
       api.Check(api->SessionOptionsAppendExecutionProvider_CUDA_V2(made, cuda));
     } catch (const OrtFailure& failure) {
       Refuse("ONNX Runtime " + api.version() + " could not start its " + kCuda + ": check the driver and CUDA libraries (" +
