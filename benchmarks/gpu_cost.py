@@ -96,7 +96,7 @@ _LUO = "Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architectu
 ASSUMED = {
     "float32 products at 60 % of the peak": f"assumed; {_BENCHES}, gpu-roofline/h200.txt, reaches 42 of 67 TFLOP/s",
     "1 us from a launch to the next in a graph": "assumed",
-    "650 cycles for one block, alone": "assumed: 32 mma in chains of two and four, 16 ldmatrix, the softmax of 16 x 32 logits by a warp",
+    "650 cycles for one block, alone": "assumed: 32 mma in chains of two and four, 16 ldmatrix, softmax of 16 x 32 by a warp",
     "800 cycles for a load from memory": "assumed",
     "an SM each cycle: 128 FMA, 16 exponentials, 128 bytes of shared memory, 4 instructions": "CUDA C++ Programming Guide",
 }

@@ -1,4 +1,4 @@
-"""Turns the results of cpu_attention.py into markdown tables, so that no figure in the docs is typed by hand.
+"""Turns results into markdown tables, so that no figure in the docs is typed by hand.
 
     python benchmarks/tables.py benchmarks/results/cpu-attention.json --table peers
 
@@ -9,6 +9,8 @@ In a page, a table stands between two comments, the first of which says where it
     <!-- benchmarks/results/cpu-attention.json peers -->
 
     <!-- end -->
+
+Tables of the CUDA kernels' cost model come from benchmarks/gpu_cost.py itself.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import gpu_compiled
+import gpu_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -31,7 +35,7 @@ NAMES = {
     "reference_compiled": "torch reference, compiled",
     "matmul": "large matrix product",
 }
-_MARKED = re.compile(r"(<!-- (benchmarks/results/\S+\.json) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (benchmarks/(?:results/\S+\.json|gpu_cost\.py)) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -136,6 +140,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "lengths": lengths_table,
     "dtypes": dtypes_table,
     "threads": threads_table,
+    **gpu_compiled.TABLES,
 }
 
 
@@ -151,8 +156,9 @@ def updated(page: str, root: Path = ROOT) -> str:
     """The page with every marked table rendered from its results."""
 
     def render(match: re.Match[str]) -> str:
-        results = json.loads((root / match[2]).read_text())
-        return f"{match[1]}\n{TABLES[match[3]](results)}\n\n{match[4]}"
+        model = match[2].endswith(".py")
+        table = gpu_cost.TABLES[match[3]]() if model else TABLES[match[3]](json.loads((root / match[2]).read_text()))
+        return f"{match[1]}\n{table}\n\n{match[4]}"
 
     return _MARKED.sub(render, page)
 
