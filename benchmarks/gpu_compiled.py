@@ -147,7 +147,14 @@ def occupancy_table(results: Results) -> str:
             registers = kernel["compiled"][a]["registers"]
             ctas = gpu_cost.ARCHITECTURES[a].resident(launch["threads"], registers, launch["shared"])
             cells.append(f"{ctas} ({ctas * launch['threads'] // 32} warps)")
-        row = [launch["launch"], f"`{kernel['name']}`", str(launch["length"]), str(launch["threads"]), str(launch["shared"]), *cells]
+        row = [
+            launch["launch"],
+            f"`{kernel['name']}`",
+            str(launch["length"]),
+            str(launch["threads"]),
+            str(launch["shared"]),
+            *cells,
+        ]
         if not any(row[:2] + row[3:] == other[:2] + other[3:] for other in rows):
             rows.append(row)
     return _table(["launch", "kernel", "N", "threads", "shared bytes", *(f"sm_{a}" for a in architectures)], rows)

@@ -503,9 +503,11 @@ def test_the_model_check_on_the_emulated_kernels(modules, emulated, monkeypatch,
 @pytest.fixture
 def benchmark(modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, small enough for the emulation."""
+    import torch
+
     script = modules("gpu_attention")
-    monkeypatch.setattr(script, "HEADS", 2)
-    monkeypatch.setattr(script, "EMULATED_SHAPES", (script.Shape("base-512-4", 2, 96, 4),))
+    monkeypatch.setattr(script, "EMULATED_SHAPES", (script.Shape("base-512-4", 2, 96, 4, heads=2),))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # ten seconds; uncompiled, flex knows no blocks
     return script
 
 
@@ -516,11 +518,38 @@ def test_the_benchmark_on_the_emulated_kernels(benchmark, emulated, tmp_path):
     assert status == 0, "".join(lines)
     result = json.loads(path.read_text())
     assert result["emulated"] is True
-    assert [r["dtype"] for r in result["rows"]] == ["bfloat16", "float32"]
+    assert [r["dtype"] for r in result["rows"]] == ["bfloat16", "float16", "float32"]
     for measured in result["rows"]:
-        assert measured["contestants"]["ours"]["times_us"]["calls"]["rounds"] >= 3
+        assert measured["contestants"]["ours"]["times_us"]["calls"]["calls"] >= 3
+        assert measured["contestants"]["ours"]["times_us"]["calls"]["unit"] == "us"
         assert measured["contestants"]["sdpa"]["times_us"]["calls"]["median"] > 0
-    assert result["rows"][1]["contestants"]["authors"]["left_out"] == "not asked for: --authors-build"
+    flex = [r["contestants"]["flex"] for r in result["rows"]]
+    assert flex[0]["left_out"].endswith("is above 0.02: not timed")
+    assert [f["left_out"] for f in flex[1:]] == ["compiled for each shape, so in bfloat16 only"] * 2
+    assert result["rows"][2]["contestants"]["authors"]["left_out"] == "not asked for: --authors-build"
+    assert ("ours tf32x3" in result["rows"][2]["contestants"]) == benchmark.has_tf32x3()
+
+
+@pytest.mark.slow
+def test_flex_attention_takes_the_kernels_blocks(modules, emulated):
+    import torch
+
+    script, peers = modules("gpu_attention"), modules("gpu_peers")
+    device = script.Device(script.kernel_check.load(emulated), torch.device("cpu"), small=True)
+    shape = script.Shape("", 1, 96, 4, heads=1)
+    sets = script.input_sets(device.torch_device, shape, torch.bfloat16)
+    found = peers.flex(sets, shape.attributes, script.chosen(device, shape.attributes), seconds=300)
+    assert found.left_out == ""
+    assert len(found.calls) == len(sets)
+    stopped = peers.flex(sets, shape.attributes, script.chosen(device, shape.attributes), seconds=0.01)
+    assert stopped.left_out == "torch.compile took more than 0.01 s"
+
+
+def test_the_benchmark_begins_nothing_when_its_time_is_over(benchmark, emulated):
+    lines: list[str] = []
+    assert benchmark.main(["--device", "cpu", "--library", str(emulated), "--limit", "0"], lines.append) == 1
+    assert "SKIP base-512-4 B 2 N 96 float16: the time of --limit was over\n" in lines
+    assert lines[-1] == "0 rows, 0 wrong, 3 left out\n"
 
 
 def test_the_benchmark_times_nothing_that_is_wrong(benchmark, emulated, monkeypatch):
@@ -536,6 +565,32 @@ def test_the_benchmark_times_nothing_that_is_wrong(benchmark, emulated, monkeypa
     assert "ours left out (wrong, so not timed:" in "".join(lines)
 
 
+def test_launches_are_told_apart_by_their_place(modules):
+    measure, script, cost = modules("gpu_measure"), modules("gpu_attention"), modules("gpu_cost")
+    pool, select, attend = (
+        "void mra::PoolKernel<float>(mra::Problem)",
+        "mra::SelectKernel(mra::Problem)",
+        "mra::Attend<float, 64>(int)",
+    )
+    events = [(pool, 5.0), (select, 3.0), (attend, 9.0), (pool, 7.0), (select, 3.5), (attend, 10.0)]
+    found = measure.launches_of(events, 2)
+    assert [(each.name, each.us, each.count) for each in found] == [
+        ("PoolKernel<float>", 6.0, 2),
+        ("SelectKernel", 3.25, 2),
+        ("Attend<float, 64>", 9.5, 2),
+    ]
+    for wrong, text in ((events[:5], "5 kernels of 2 calls"), ([*events[:4], events[5], events[4]], "launch 2 of a call is")):
+        with pytest.raises(ValueError, match=text):
+            measure.launches_of(wrong, 2)
+    gpu = cost.GPUS["H200"]
+    expected = cost.launches(cost.Shape(8, 512, 64), "bfloat16", gpu)
+    rows = script.launch_rows(measure.Contestant("ours"), found, expected, gpu)
+    assert [(row["launch"], row["measured_us"]) for row in rows] == [("pool", 6.0), ("select", 3.25), ("attend", 9.5)]
+    assert rows[0]["expected_us"] == pytest.approx(18874368 / 4.3e6)
+    assert "expected_us" not in script.launch_rows(measure.Contestant("ours"), found[:2], expected, gpu)[0]
+    assert "expected_us" not in script.launch_rows(measure.Contestant("ours"), found, expected, None)[0]
+
+
 def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
     script = modules("gpu_attention")
     import torch
@@ -547,26 +602,32 @@ def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
     assert computing == pytest.approx(12.88e9 / 8e8, rel=1e-3)
 
 
+def test_the_shapes_are_those_of_the_goals(modules):
+    script, cost = modules("gpu_attention"), modules("gpu_cost")
+    assert sorted(shape.goal for shape in script.SHAPES if shape.goal) == sorted(goal.goal for goal in cost.GOALS)
+    assert {(shape.batch, shape.length) for shape in script.SHAPES} == {(b, n) for b in (8, 1) for n in (512, 1024, 4096, 16384)}
+    assert {(shape.batch, shape.num_blocks) for shape in script.SHAPES if shape.first} == {(8, 1024), (1, 1024)}
+
+
 def test_the_authors_attention_is_called_as_they_meant_it(modules):
     """With their three primitives in plain torch, as tests/model has them: the benchmark then finds that it agrees."""
     pytest.importorskip("transformers.models.mra.modeling_mra")
-    script, primitives = modules("gpu_attention"), modules("test_upstream")
+    script, peers, primitives = modules("gpu_attention"), modules("gpu_peers"), modules("test_upstream")
     import torch
 
-    script.HEADS, heads = 2, script.HEADS
-    try:
-        device = script.Device(None, torch.device("cpu"), small=True)
-        for shape in (script.Shape("base-512-4", 2, 256, 16), script.Shape("base-4096-8-d3", 1, 256, 48, 3, 1)):
-            found = script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "")
-            assert found.left_out == ""
-            assert "100.00% of tokens agree" in found.how
-        sets = script.input_sets(device, shape, torch.float32)
-        context = script.authors(shape, sets, primitives, "").calls[0]()
-        assert script.authors_agree(context, sets[0], script.Shape("base-512-4", 1, 256, 4)) < script.AUTHORS_ROWS
-        for shape, why in ((script.Shape("", 1, 64, 3), "multiple"), (script.Shape("", 1, 12320, 4), "above 12288")):
-            assert why in script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "").left_out
-    finally:
-        script.HEADS = heads
+    def problem(*numbers: int) -> tuple[Any, Any]:
+        shape = script.Shape("", *numbers, heads=2)
+        return script.input_sets(torch.device("cpu"), shape, torch.float32), shape.attributes
+
+    for numbers in ((2, 256, 16), (1, 256, 48, 3, 1)):
+        found = peers.authors(*problem(*numbers), primitives, "")
+        assert found.left_out == ""
+        assert "100.00% of tokens agree" in found.how
+    sets, attributes = problem(1, 256, 48, 3, 1)
+    context = peers.authors(sets, attributes, primitives, "").calls[0]()
+    assert peers.authors_agree(context, sets[0], problem(1, 256, 4)[1]) < peers.AUTHORS_ROWS
+    for numbers, why in (((1, 64, 3), "multiple"), ((1, 12320, 4), "above 12288")):
+        assert why in peers.authors(*problem(*numbers), primitives, "").left_out
 
 
 def test_authors_kernels_that_were_not_fetched_are_left_out(modules, monkeypatch):
