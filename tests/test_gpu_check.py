@@ -308,7 +308,7 @@ def test_a_step_does_not_begin_when_the_time_is_over(check, tmp_path):
 
 def contestant(how: str, graph: float | None = None, calls: float | None = None, left_out: str = "") -> dict[str, Any]:
     times = {
-        kind: {"median": t, "lower_quartile": t - 1, "upper_quartile": t + 1, "fastest": t - 2, "rounds": 9}
+        kind: {"median": t, "lower_quartile": t - 1, "upper_quartile": t + 1, "fastest": t - 2, "calls": 9, "unit": "us"}
         for kind, t in (("graph", graph), ("calls", calls))
         if t is not None
     }
@@ -317,7 +317,16 @@ def contestant(how: str, graph: float | None = None, calls: float | None = None,
 
 def row(dtype: str, goal: float | None, **contestants: Any) -> dict[str, Any]:
     shape = {"model": "base-512-4", "batch": 8, "length": 4096, "num_blocks": 512, "goal": goal, "dtype": dtype}
-    return {**shape, "roofline_us": 25.0, "contestants": {name.replace("_", " "): c for name, c in contestants.items()}}
+    launch = {
+        "contestant": "ours",
+        "kernel": "PoolKernel<float>",
+        "measured_us": 36.0,
+        "launch": "pool",
+        "expected_us": 35.1,
+        "bound": "HBM",
+    }
+    shape |= {"roofline_us": 25.0, "expected_us": 48.0, "launches": [launch]}
+    return {**shape, "contestants": {name.replace("_", " "): c for name, c in contestants.items()}}
 
 
 RESULT = {
@@ -325,6 +334,8 @@ RESULT = {
     "machine": {"gpu": "Made Up 9000", "nvcc": "13.0", "driver": None},
     "steps": [{"name": "build", "title": "build", "status": "ok", "seconds": 12.34, "detail": "a | b"}],
     "benchmark": {
+        "gpu": "NVIDIA H200",
+        "skipped": ["base-512-4 B 8 N 16384 float32: the GPU has too little memory"],
         "ceilings": {"bytes_per_us": 4.2e6, "flops_per_us": {"bfloat16": 7.9e8}},
         "rows": [
             row(
@@ -334,11 +345,13 @@ RESULT = {
                 sdpa=contestant("torch chose flash, error 1e-03", 500.0, 510.0),
                 sdpa_cudnn=contestant("cudnn", 400.0, 410.0),
                 sdpa_efficient=contestant("efficient", left_out="no kernel"),
+                flex=contestant("same blocks", 75.0),
             ),
             row(
                 "float32",
                 120.0,
                 ours=contestant("mra_attention_cuda", 100.0, 110.0),
+                ours_tf32x3=contestant("mra_attention_cuda", 80.0),
                 sdpa=contestant("torch chose efficient", 2000.0),
                 authors=contestant("float32", calls=1500.0),
             ),
@@ -353,22 +366,40 @@ def test_the_table(modules):
     assert "| driver | not known |" in page
     assert "| build | ok | 12.3 | a \\| b |" in page
     assert "copy 4.20 TB/s, bfloat16 product 790 TFLOP/s" in page
-    narrow, wide = (line for line in page.splitlines() if line.startswith("| base-512-4"))
+    narrow, wide = (line for line in page.splitlines() if line.startswith("| base-512-4 |"))
     assert narrow == (
-        "| base-512-4 | 8 | 4096 | 512 | 50.0 (49.0-51.0) | 60.0 (59.0-61.0) | 120 | 50% | 500 (499-501) (flash) "
-        "| 400 (399-401) (cudnn) | 8.0x | 1500 (1499-1501) | 30.0x |"
+        "| base-512-4 | 8 | 4096 | 512 | 50.0 (49.0-51.0) | - | 60.0 (59.0-61.0) | - | 50% | 48.0 | 500 (499-501) (flash) "
+        "| 400 (399-401) (cudnn) | 8.0x | 75.0 (74.0-76.0) | 1.5x | 1500 (1499-1501) | 30.0x |"
     )
-    assert "|  | 25% | 2000 (1999-2001) (efficient) | 2000 (1999-2001) (efficient) | 20.0x | 1500 (1499-1501) | 15.0x |" in wide
+    assert "| 80.0 (79.0-81.0) | 25% | 48.0 | 2000 (1999-2001) (efficient) | 2000 (1999-2001) (efficient) | 20.0x | - | - |" in wide
+    assert "| base-512-4, B 8, N 4096 | float32 | ours: PoolKernel<float> | pool | 36.0 | 35.1 | HBM |" in page
     assert "- sdpa efficient, bfloat16: no kernel" in page
-    columns = {line.count("|") - line.count("\\|") for line in page.splitlines() if line.startswith(("| base", "| blocks"))}
-    assert columns == {14}
+    assert "- base-512-4 B 8 N 16384 float32: the GPU has too little memory" in page
+    columns = {line.count("|") - line.count("\\|") for line in page.splitlines() if line.startswith(("| base-512-4 |", "| blocks"))}
+    assert columns == {18}
+
+
+def test_the_goals_are_judged(modules):
+    report = modules("gpu_report")
+    rows = RESULT["benchmark"]["rows"]
+    assert report.goals(rows, "NVIDIA H200") == [
+        ("base-512-4, B 8, N 4096, graph", "120 us", "50.0 us", "met"),
+        ("base-512-4, B 8, N 4096, best dense takes", "8x", "8.0x", "met"),
+        ("base-512-4, B 8, N 4096, float32, the authors' kernels take", "30x", "15.0x", "missed"),
+    ]
+    assert {verdict for *_, verdict in report.goals(rows, "NVIDIA L40S")} == {"not judged: this is not an H200"}
+    one = {**rows[0], "batch": 1, "goal": 12.0, "contestants": {"ours": contestant("", graph=9.0, calls=20.0)}}
+    one["contestants"]["ours"]["times_us"]["one"] = {**one["contestants"]["ours"]["times_us"]["graph"], "median": 12.5}
+    assert report.goals([one], "NVIDIA H200") == [("base-512-4, B 1, N 4096, graph of one call", "12 us", "12.5 us", "missed")]
+    wrong = {**rows[0], "contestants": {"ours": contestant("", left_out="wrong")}}
+    assert {verdict for *_, verdict in report.goals([wrong], "NVIDIA H200")} == {"not measured"}
 
 
 def test_a_wrong_kernel_has_no_times(modules):
     broken = json.loads(json.dumps(RESULT))
     broken["benchmark"]["rows"][0]["contestants"]["ours"] = contestant("", left_out="wrong, so not timed")
     page = modules("gpu_report").markdown(broken)
-    assert "| base-512-4 | 8 | 4096 | 512 | - | - | 120 | - | 500 (499-501) (flash) | 400 (399-401) (cudnn) | - |" in page
+    assert "| base-512-4 | 8 | 4096 | 512 | - | - | - | - | - | 48.0 | 500 (499-501) (flash) | 400 (399-401) (cudnn) | - |" in page
     assert "- ours, bfloat16: wrong, so not timed" in page
 
 
