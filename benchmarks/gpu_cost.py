@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_cost.py [--gpu H200] [--batch 8] [--length 4096] [--dtype bfloat16]
 
-A model, not a measurement: a launch takes as long as the resource that it keeps busy the longest, all others hidden behind it, or
-as long as its slowest CTA lasts alone, and a gap before it. `python benchmarks/tables.py --update docs/kernels-cuda.md` renders
-its tables; gpu_attention.py puts its times beside measured ones. Standard library only.
+A model: expected, not measured. A launch takes as long as the resource that it keeps busy the longest, all others hidden behind
+it, or as long as its slowest CTA lasts alone; and a gap before it. `python benchmarks/tables.py --update docs/kernels-cuda.md`
+renders its tables; gpu_attention.py puts its times beside measured ones. Standard library only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Architecture:
     def resident(self, threads: int, registers: int, shared: int) -> int:
         """CTAs that an SM holds at once. registers: of one thread. shared: bytes of one CTA."""
         warps = -(-threads // 32)
-        of_registers = self.registers // (warps * (-(-registers * 32 // 256) * 256))
+        each_quarter = self.registers // 4 // (-(-registers * 32 // 256) * 256)  # a warp's registers are in its scheduler's quarter
+        of_registers = 4 * each_quarter // warps
         return min(self.ctas, self.warps // warps, of_registers, self.shared // (-(-shared // 128) * 128 + 1024))
 
 
@@ -241,7 +242,8 @@ class Launch:
         busiest = math.ceil(self.ctas / gpu.sms) / self.ctas  # an SM's share of the work, where CTAs are alike
         found = {name: used / gpu.whole[name] for name, used in self.uses.items() if name in gpu.whole}
         found |= {name: used * busiest / gpu.per_sm[name] for name, used in self.uses.items() if name in gpu.per_sm}
-        in_turn = (self.mean_cycles or self.cycles) * math.ceil(self.waves(gpu))
+        # Uneven CTAs follow one another as places become free, the longest first; alike ones go in waves.
+        in_turn = self.mean_cycles * self.waves(gpu) if self.mean_cycles else self.cycles * math.ceil(self.waves(gpu))
         found["latency"] = max(self.cycles, in_turn) / (gpu.clock * 1e3)
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -447,6 +449,20 @@ def goals_table(gpu: Gpu = GPUS["H200"], dtype: str = "bfloat16") -> str:
     return _table(head, rows)
 
 
+def verdict(gpu: Gpu = GPUS["H200"], dtype: str = "bfloat16") -> str:
+    """A line for each goal: whether the model meets it, by how much, and which changed assumption turns that round."""
+    lines = []
+    for shape in GOALS:
+        goal = shape.goal or 0.0
+        times = {name: expected(shape, dtype, change(gpu)) for name, change in WHAT_IFS}
+        first, *others = times
+        met = times[first] <= goal
+        turned = [name for name in others if (times[name] <= goal) != met]
+        turn = f"{'missed' if met else 'met'} with {' or '.join(turned)}" if turned else "with each of these assumptions"
+        lines.append(f"- {shape.name}: {'met' if met else 'missed'}, {_number(times[first])} of {goal:g} us; {turn}")
+    return "\n".join(lines)
+
+
 def gpus_table() -> str:
     """Expected microseconds of the goals' shapes on each GPU and type."""
     head = ["GPU", "type", *(shape.name for shape in GOALS)]
@@ -493,6 +509,7 @@ def attend_table(gpu: Gpu = GPUS["H200"]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "goals": goals_table,
+    "verdict": verdict,
     "gpus": gpus_table,
     "rates": rates_table,
     "attend": attend_table,

@@ -6,17 +6,15 @@ Each answer is checked; one that is wrong or cannot run keeps the reason and get
 from __future__ import annotations
 
 import math
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import authors_kernels
 import torch
-from gpu_measure import Contestant, first_line, name_of
+from gpu_measure import Contestant, TimeIsUp, first_line, name_of, time_limit
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -126,10 +124,10 @@ def flex(sets: Sequence[Inputs], attributes: Attributes, chosen: Callable[[Input
         return lambda: compiled(*split, block_mask=mask, scale=attributes.scale, kernel_options=options)
 
     try:
-        with _time_limit(seconds), torch.no_grad():
+        with time_limit(seconds), torch.no_grad():
             contestant.calls = [prepared(inputs, blocks) for inputs, blocks in zip(sets, picked, strict=True)]
             context = contestant.calls[0]()
-    except _TimeIsUp:
+    except TimeIsUp:
         contestant.left_out = f"torch.compile took more than {seconds:g} s"
     except Exception as reason:  # torch's compiler raises whatever its parts do
         contestant.left_out = f"torch.compile: {type(reason).__name__}: {first_line(reason)}"
@@ -151,24 +149,6 @@ def reference(row: Inputs, attributes: Attributes, chosen: Tensor | None = None)
     if chosen is not None:
         forced = Selection(chosen, chosen, chosen.long(), torch.zeros_like(chosen, dtype=torch.float64), torch.zeros(()))
     return mra_attention(*(x.double() for x in (row.query, row.key, row.value)), row.mask, attributes, selection=forced)
-
-
-class _TimeIsUp(BaseException):
-    """Not an Exception: the compiler catches those."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def stop(signum: int, frame: object) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def authors(sets: Sequence[Inputs], attributes: Attributes, kernels: Any, reason: str) -> Contestant:

@@ -31,6 +31,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append(_benchmark(benchmark))
     else:
         parts.append("## Times\n\nNot measured in this run.\n")
+    if result.get("models"):
+        parts.append(_models(result["models"]))
     return "\n".join(parts)
 
 
@@ -60,6 +62,35 @@ def _benchmark(benchmark: Mapping[str, Any]) -> str:
         parts.append("Left out:\n")
         parts.append("\n".join(f"- {text}" for text in left_out) + "\n")
     return "\n".join(parts)
+
+
+def _models(models: Mapping[str, Any]) -> str:
+    parts = ["## Whole models\n"]
+    layers = f" {models['layers']} layers." if models.get("layers") else ""
+    parts.append(
+        "Milliseconds of one call, median (quartiles), ids in and hidden states out on the GPU, random weights, no padding."
+        f"{layers} *graph*: captured by this script; the peers named so capture by themselves. Last column: how many times as long "
+        "the fastest dense RoBERTa takes.\n"
+    )
+    rows = []
+    for row in models["rows"]:
+        shown = [
+            _time({"times_us": {kind: _thousandth(t) for kind, t in row["times_us"].items()}}, kind) for kind in ("calls", "graph")
+        ]
+        throughput = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else "-"
+        shape = (row["preset"], str(row["batch"]), str(row["length"]), row["dtype"], row["peer"])
+        if not row["left_out"]:
+            rows.append((*shape, *shown, throughput, _or_dash(row["vs_dense"], "{:.2f}x")))
+    parts.append(_table(("model", "B", "N", "dtype", "", "calls", "graph", "tokens/s", ""), rows))
+    reasons = dict.fromkeys((row["peer"], row["dtype"], row["left_out"]) for row in models["rows"] if row["left_out"])
+    if reasons:
+        parts.append("Left out:\n")
+        parts.append("\n".join(f"- {peer}, {dtype}: {reason}" for peer, dtype, reason in reasons) + "\n")
+    return "\n".join(parts)
+
+
+def _thousandth(timing: Mapping[str, Any]) -> dict[str, float]:
+    return {name: timing[name] / 1e3 for name in ("median", "lower_quartile", "upper_quartile")}
 
 
 def goals(rows: Sequence[Mapping[str, Any]], gpu: str) -> list[tuple[str, str, str, str]]:
@@ -175,7 +206,7 @@ def _time(contestant: Mapping[str, Any] | None, kind: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _implementation(contestant: Mapping[str, Any]) -> str:

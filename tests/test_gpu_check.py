@@ -159,7 +159,7 @@ def test_steps_left_out_say_what_is_missing(check, tmp_path, monkeypatch):
         check.plugin(place)
 
 
-@pytest.mark.parametrize("step", ["kernels", "benchmark", "authors"])
+@pytest.mark.parametrize("step", ["kernels", "benchmark", "authors", "models"])
 def test_a_python_without_packages_is_told_not_tripped_over(step, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ORCHESTRATOR.parent)!r}); import gpu_check as c; from pathlib import Path\n"
@@ -405,6 +405,17 @@ def test_a_wrong_kernel_has_no_times(modules):
 
 def test_a_run_without_a_benchmark_says_that_nothing_was_measured(modules):
     assert "Not measured in this run." in modules("gpu_report").markdown({**RESULT, "benchmark": None})
+
+
+def test_the_table_of_models(modules):
+    timed = contestant("error 1e-03", graph=2000.0, calls=2500.0)
+    row = {"preset": "base-512-4", "batch": 8, "length": 512, "dtype": "float16", "peer": "mra torch", **timed}
+    row |= {"tokens_per_second": 2048000.0, "vs_dense": 1.5}
+    missing = {**row, "peer": "mra tensorrt", **contestant("", left_out="not installed")}
+    page = modules("gpu_report").markdown({**RESULT, "models": {"layers": None, "rows": [row, missing]}})
+    assert "| base-512-4 | 8 | 512 | float16 | mra torch | 2.50 (2.50-2.50) | 2.00 (2.00-2.00) | 2048000 | 1.50x |" in page
+    assert "- mra tensorrt, float16: not installed" in page
+    assert "## Whole models" not in modules("gpu_report").markdown(RESULT)
 
 
 def test_results_are_written_under_the_gpus_name(check, tmp_path):
@@ -666,3 +677,35 @@ def test_authors_kernels_that_were_not_fetched_are_left_out(modules, monkeypatch
     monkeypatch.setattr(script, "SOURCES", ROOT / ".downloads" / "not-there")
     with pytest.raises(script.LeftOutError, match=r"where there is a network, run python benchmarks/authors_kernels.py"):
         script.compile_kernels(ROOT / "build" / "never")
+
+
+def test_whole_models_are_checked_and_timed(modules, monkeypatch, tmp_path):
+    import torch
+
+    script = modules("gpu_model")
+    monkeypatch.setattr(script, "TOY_CASES", (script.Case("tiny", 40, (1, 2)),))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    path, lines = tmp_path / "rows.json", []
+    arguments = ["--device", "cpu", "--dtype", "float32", "--layers", "1", "--seconds", "0.01"]
+    assert script.main([*arguments, "--json", str(path)], lines.append) == 0, "".join(lines)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["batch"], r["peer"]) for r in rows] == [(batch, peer) for batch in (1, 2) for peer in script.PEERS]
+    timed = {r["peer"] for r in rows if r["times_us"]}
+    assert {"mra torch", "mra compiled", "dense torch", "dense compiled"} <= timed
+    assert "mra onnxruntime" in timed or "ort_ops" in next(r["left_out"] for r in rows if r["peer"] == "mra onnxruntime")
+    assert {r["left_out"] for r in rows if "graphs" in r["peer"]} == {"CUDA graphs need a GPU"}
+    for r in rows:
+        if r["times_us"]:
+            assert r["tokens_per_second"] == pytest.approx(r["batch"] * 40 / r["times_us"]["calls"]["median"] * 1e6)
+            assert r["vs_dense"] > 0
+
+    monkeypatch.setitem(script.PEERS, "mra torch", lambda setup: lambda ids, mask: script.mra_torch(setup)(ids, mask) + 1)
+    monkeypatch.setitem(script.PEERS, "dense torch", lambda setup: lambda ids, mask: 1 / 0)
+    lines.clear()
+    assert script.main([*arguments, "--peer", "mra torch", "--peer", "dense torch", "--json", str(path)], lines.append) == 1
+    reasons = [r["left_out"] for r in json.loads(path.read_text())["rows"]]
+    assert reasons[0].startswith("wrong, so not timed: needs a tolerance of")
+    assert reasons[1] == "ZeroDivisionError: division by zero"
+    lines.clear()
+    assert script.main([*arguments, "--limit", "-1"], lines.append) == 1
+    assert lines == ["SKIP tiny float32: the time of --limit was over\n", "0 rows, 0 wrong\n"]
