@@ -175,7 +175,7 @@ def draw_expected(folder: Path, gpu: gpu_cost.Gpu = gpu_cost.GPUS["H200"]) -> Pa
         second.bar([str(n) for n in _LENGTHS], shares, bottom=below, label=name)
         below = [low + share for low, share in zip(below, shares, strict=True)]
     second.set(xlabel="N", title="share of each launch, B 8", ylim=(0, 1))
-    second.legend(fontsize="small")
+    second.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     path = folder / EXPECTED
     figure.savefig(path, metadata={"Date": None, "Description": expected_times(gpu)})
     return path
