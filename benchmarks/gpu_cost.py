@@ -69,7 +69,7 @@ class Gpu:
     sources: dict[str, str]
     fma: float = 0.6
     launch: float = 1.0
-    block_cycles: float = 650.0
+    block_cycles: float = 750.0
 
     @property
     def per_sm(self) -> dict[str, float]:
@@ -97,8 +97,8 @@ _LUO = "Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architectu
 ASSUMED = {
     "float32 products at 60 % of the peak": f"assumed; {_BENCHES}, gpu-roofline/h200.txt, reaches 42 of 67 TFLOP/s",
     "1 us from a launch to the next in a graph": "assumed",
-    "650 cycles for one block, alone": "assumed: 32 mma in chains of two and four, 16 ldmatrix, softmax of 16 x 32 by a warp",
-    "800 cycles for a load from memory": "assumed",
+    "750 cycles for one block, alone": "assumed: 32 mma in chains of two and four, 16 ldmatrix, softmax of 16 x 32 by a warp",
+    "265 cycles for a load from L2, 650 from memory": f"{_BENCHES}, gpu-latency/h100_pcie.txt",
     "an SM each cycle: 128 FMA, 16 exponentials, 128 bytes of shared memory, 4 instructions": "CUDA C++ Programming Guide",
 }
 """Of every GPU."""
@@ -256,16 +256,18 @@ class Launch:
         return gpu.launch + next(iter(self.times(gpu).values()))
 
 
-_ROUND_TRIP = 800.0
-"""Cycles from a load to its value, from memory."""
-_START = 2 * _ROUND_TRIP
-"""Cycles of a CTA before its first useful instruction: its work item, then the data that this points to."""
+_MEMORY, _L2 = 650.0, 265.0
+"""Cycles from a load to its value."""
+_START = 2 * _L2 + 300
+"""Cycles of a CTA before its first useful instruction: it begins, finds what its work is, and loads the first of it."""
 _BARRIER = 50.0
-_RADIX_INSTRUCTIONS = 12
-"""Of each logit in each of four passes: digit, ballots, histogram."""
-_SELECT_PASSES = 4
-_FLIGHT = 24.0
-"""Bytes a cycle that one CTA of 512 threads draws from L2: two loads of 16 bytes each under way, 700 cycles each."""
+_KEY_INSTRUCTIONS = 12
+"""Of each pair in each of RADIX_PASSES passes: digit, who has the same, histogram."""
+_RADIX_PASSES = 4
+_FLIGHT = 48.0
+"""Bytes a cycle that one CTA of 1024 threads draws from L2: eight loads of 4 bytes each under way, some 700 cycles each."""
+_LOW_SHARE = 0.5
+"""Of what mma.sync reaches, in a product that waits at barriers for its operands."""
 
 
 def launches(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> list[Launch]:
@@ -274,92 +276,89 @@ def launches(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> list[L
     size, d = BYTES[dtype], shape.head_size
     tensor_bytes = shape.batch * shape.length * shape.heads * d * size  # of query, key, value or context
     pooled = heads * nb * d * 4  # of one of the three pooled tensors
-    kept = 3 * tensor_bytes <= gpu.cache  # what pool read is still in L2 when attend reads it
-    fused = nb <= FUSED_BLOCKS
-
+    vectors = math.ceil(shape.heads * d * size / 16)  # of a token; a thread of pool sums one over a block's tokens
+    tiles = math.ceil(vectors / 128)
     pool = Launch(
         "pool",
-        shape.batch * nb * 3 * -(-shape.heads * d * size // (16 * 128)),
-        threads=128,
+        shape.batch * nb * 3 * tiles,
+        threads=math.ceil(vectors / tiles / 32) * 32,
         registers=96,
         shared=0,
-        uses={
-            "HBM": 3 * tensor_bytes,
-            "L2": 3 * pooled,
-            "issue": 3 * tensor_bytes / 16 * 20 / 32,
-        },
-        cycles=2 * _ROUND_TRIP + 400,
+        uses={"HBM": 3.0 * tensor_bytes, "issue": 3 * tensor_bytes / 16 / 32 * (6 + 3 * 16 / size)},
+        cycles=_L2 + 2 * _MEMORY + 600,  # the mask, then two groups of sixteen loads
     )
+    kept = 3 * tensor_bytes <= gpu.cache  # what pool read is still in L2 when attend reads it
     attend = _attend(shape, dtype, gpu, tensor_bytes, kept, tf32x3)
-    if fused:
-        return [pool, _fused_select(heads, nb, d, gpu), attend]
+    if nb <= FUSED_BLOCKS:
+        return [pool, _select(heads, nb, d, gpu, tensor_cores=size == 2), attend]
     pairs = float(heads * nb * nb)
-    resident = pairs * 4 <= gpu.cache
-    where = "L2" if resident else "HBM"
+    where = "L2" if pairs * 4 <= gpu.cache else "HBM"  # where the logits are between launches
     logits = Launch(
         "logits",
-        heads * -(-nb // 64) * -(-nb // 64),
-        threads=64,
+        heads * (-(-nb // 128)) ** 2,
+        threads=256,
         registers=128,
-        shared=2 * 64 * 16 * 4 * 2,
+        shared=18432,
         uses={
             "FMA": 2 * pairs * d,
             "shared": pairs * d,  # 8 x 8 pairs of a thread read 16 floats for 64 products
-            "L2": 2 * heads * -(-nb // 64) * nb * d * 4 + pairs * 4,
-            "HBM": 0.0 if resident else pairs * 4,
+            "L2": 2 * pooled * -(-nb // 128),
+            "HBM": 0.0 if where == "L2" else pairs * 4,
         },
-        cycles=_START + 64 * 64 * d / 64 / (2 * gpu.fma),
+        cycles=_START + 128 * 128 * d / (128 * gpu.fma),
     )
     select = Launch(
         "select",
         heads,
-        threads=512,
+        threads=1024,
         registers=64,
-        shared=48 << 10,
-        uses={where: 3 * pairs * 4, "issue": 3 * pairs * _RADIX_INSTRUCTIONS / 32},
-        cycles=_START + 3 * nb * nb * 4 / _FLIGHT + 60 * _BARRIER,
+        shared=90 << 10,
+        uses={where: 2 * pairs * 4, "issue": 2 * pairs * _KEY_INSTRUCTIONS / 32},  # a histogram, then lists; the rest is on chip
+        cycles=_START + 2 * nb * nb * 4 / _FLIGHT + 60 * _BARRIER,
     )
     low = Launch(
         "low resolution",
         heads * -(-nb // 64),
-        threads=128,
+        threads=256,
         registers=128,
-        shared=48 << 10,
+        shared=24 << 10,
         uses={
-            where: pairs * 4 + pooled,
-            "TF32" if size == 2 or tf32x3 else "FMA": 2 * pairs * d,
+            where: pairs * 4,
+            "L2": (pairs * 4 if where == "L2" else 0) + pooled * -(-nb // 64),
+            "TF32" if size == 2 else "FMA": 2 * pairs * d,
             "MUFU": pairs,
             "issue": pairs / 32 * 16,
         },
-        cycles=_START + nb * 64 / 128 * 16,
+        cycles=_START + nb / 32 * (2 * _BARRIER + 400),
     )
     return [pool, logits, select, low, attend]
 
 
-def _fused_select(heads: int, nb: int, d: int, gpu: Gpu) -> Launch:
-    """One CTA of 512 threads for a head; its phases follow one another, so their cycles add up."""
-    pairs = nb * nb
+def _select(heads: int, nb: int, d: int, gpu: Gpu, tensor_cores: bool) -> Launch:
+    """One CTA for a head, alone on its SM; its phases follow one another, so their cycles add up. 256 threads make the logits."""
+    rows = next(rows for rows in (32, 64, 128) if nb <= rows)
+    pairs = rows * rows
+    tensor = gpu.per_sm["TF32"] / (gpu.clock * 1e3) * _LOW_SHARE
     phases = {
         "start": _START,
-        "means": 3 * nb * d * 4 / 40,
-        "logits": pairs * d / (128 * gpu.fma),
-        "radix": _SELECT_PASSES * (pairs * _RADIX_INSTRUCTIONS / 128 + 4 * _BARRIER),
-        "weights": pairs / 16,
-        "low resolution": pairs * d / (128 * gpu.fma),
-        "barriers": 20 * _BARRIER,
+        "logits": pairs * d / (128 * gpu.fma) + d / 8 * 2 * _BARRIER,
+        "keys": pairs * 2 * _KEY_INSTRUCTIONS / 128,
+        "radix": _RADIX_PASSES * (pairs * _KEY_INSTRUCTIONS / 128 + 6 * _BARRIER),
+        "lists": pairs * _KEY_INSTRUCTIONS / 128 + 10 * _BARRIER,
+        "weights": pairs / 16 + pairs * _KEY_INSTRUCTIONS / 128,
+        "low resolution": 2 * pairs * d / tensor if tensor_cores else pairs * d / (128 * gpu.fma),
     }
     return Launch(
         "select",
         heads,
-        threads=512,
-        registers=64,
-        shared=12416 + 12 * nb + 4 * -(-nb // 32) + 1032 + 4 * pairs,
+        threads=256 if rows == 32 else 512,
+        registers=128,
+        shared=18432 + 4 * rows * (rows + 4) + 32 * rows,
         uses={
-            "FMA": 4.0 * heads * pairs * d,
+            "FMA": 2.0 * heads * pairs * d * (1 if tensor_cores else 2),
+            "TF32": 2.0 * heads * pairs * d if tensor_cores else 0.0,
             "MUFU": float(heads * pairs),
-            "shared": heads * pairs * (2.0 * d + 4 * 2 * _SELECT_PASSES),
-            "issue": heads * pairs * _SELECT_PASSES * _RADIX_INSTRUCTIONS / 32,
-            "L2": 4.0 * heads * nb * d * 4,
+            "L2": 3.0 * heads * nb * d * 4,
         },
         cycles=sum(phases.values()),
     )
@@ -370,31 +369,30 @@ def _attend(shape: Shape, dtype: str, gpu: Gpu, tensor_bytes: float, kept: bool,
     blocks = float(heads * shape.budget)
     mean = shape.budget / nb
     longest = min(shape.chunk, nb if shape.full else 2 * mean)  # without full rows: the longest is twice the mean, assumed
-    items = heads * (nb + (shape.full * (-(-nb // shape.chunk) - 1) if nb > shape.chunk else 0))
+    slots = nb + (shape.budget // shape.chunk if nb > shape.chunk else 0)  # enough for any selection; the rest return at once
+    items = nb + (shape.full * (-(-nb // shape.chunk) - 1) if nb > shape.chunk else 0)
     split = heads * shape.full * -(-nb // shape.chunk) if nb > shape.chunk else 0
     partial = split * (BLOCK * d + 2 * BLOCK) * 4
     tile = 2 * BLOCK * d * size
-    tensor_cores = size == 2 or tf32x3
     flop = 4.0 * BLOCK * BLOCK * d * blocks
     uses = {
         "HBM": (1 if kept else 4) * tensor_bytes,
         "L2": blocks * tile + tensor_bytes + heads * nb * d * 4 + partial,  # reads; what is written goes the other way
         "MUFU": blocks * BLOCK * BLOCK,
-        "shared": blocks * tile * (3 if tensor_cores else 5),  # written once; read by each of two warps, or by 2 x 4 tiles
     }
-    if size == 2:
-        uses |= {"tensor": flop, "issue": blocks * 2 * 240 * d / 64}
-        threads, registers, shared, cycles = 64, 168, 3 * tile + BLOCK * d * size, gpu.block_cycles * d / 64
-    elif tf32x3:
-        uses |= {"TF32": 3 * flop, "issue": blocks * 2 * 700 * d / 64}
-        threads, registers, shared, cycles = 64, 200, 2 * tile + BLOCK * d * size, 3 * gpu.block_cycles * d / 64
-    else:
-        uses |= {"FMA": flop, "issue": blocks * 4 * 700 * d / 64}
-        threads, registers, shared, cycles = 128, 80, 22016 * d // 64, 2400.0 * d / 64
-    around = _START + 1200
-    return Launch(
-        "attend", items, threads, registers, shared, uses, cycles=around + longest * cycles, mean_cycles=around + mean * cycles
-    )
+    half = tile / 2  # keys or values of a block
+    if size == 2:  # two warps, 16 query tokens each: a tile is written once and read twice
+        uses |= {"tensor": flop, "shared": blocks * tile * 3, "issue": blocks * 2 * 240 * d / 64}
+        registers, shared, cycles = 128, 3 * tile, gpu.block_cycles * d / 64
+    elif tf32x3:  # two warps, every other block each
+        uses |= {"TF32": 3 * flop, "shared": blocks * tile * 2.5, "issue": blocks * 1400 * d / 64}
+        registers, shared, cycles = 168, 5 * half, 3 * gpu.block_cycles * d / 64
+    else:  # 131072 products for 64 dimensions, 32 to an instruction, with 8 x 4 and 8 x 8 sums a thread
+        uses |= {"FMA": flop, "shared": blocks * tile * 3.5, "issue": blocks * 4900 * d / 64}
+        registers, shared, cycles = 168, 5 * half + 2 * 4096, 3000.0 * d / 64
+    around = _START + 2 * _L2 + 700  # list, tokens, first tiles; at the end low-resolution part and context
+    each = (around * items + cycles * shape.budget) / slots  # the cycles of a CTA, on average
+    return Launch("attend", heads * slots, 64, registers, int(shared), uses, around + longest * cycles, each)
 
 
 def expected(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> float:
