@@ -312,7 +312,7 @@ def launches(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> list[L
         heads,
         threads=1024,
         registers=64,
-        shared=90 << 10,
+        shared=82 << 10,
         uses={where: 2 * pairs * 4, "issue": 2 * pairs * _KEY_INSTRUCTIONS / 32},  # a histogram, then lists; the rest is on chip
         cycles=_START + 2 * nb * nb * 4 / _FLIGHT + 60 * _BARRIER,
     )
@@ -321,7 +321,7 @@ def launches(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> list[L
         heads * -(-nb // 64),
         threads=256,
         registers=128,
-        shared=24 << 10,
+        shared=27 << 10,
         uses={
             where: pairs * 4,
             "L2": (pairs * 4 if where == "L2" else 0) + pooled * -(-nb // 64),
@@ -353,7 +353,7 @@ def _select(heads: int, nb: int, d: int, gpu: Gpu, tensor_cores: bool) -> Launch
         heads,
         threads=256 if rows == 32 else 512,
         registers=128,
-        shared=18432 + 4 * rows * (rows + 4) + 32 * rows,
+        shared=18432 + 4 * rows * (rows + 4) + 12 * rows + 288,
         uses={
             "FMA": 2.0 * heads * pairs * d * (1 if tensor_cores else 2),
             "TF32": 2.0 * heads * pairs * d if tensor_cores else 0.0,

@@ -307,9 +307,25 @@ def test_tables_of_what_was_compiled(script) -> None:
     registers = cells(compiled.registers_table(results))
     assert registers[2:] == [["`Attend<64>`", "64", "130", "4"], ["`Attend<64>`", "128", "80", "4"]]
     occupancy = cells(compiled.occupancy_table(results))
-    assert occupancy[2:] == [["attend", "`Attend<__half, 64>`", "512", "64", "28672", "7 (14 warps)"]]
+    assert occupancy[2:] == [["attend", "`Attend`, float16", "512", "64", "28672", "7 (14 warps)"]]
+    many = [kernel("Pool<__half>", 128, 32), kernel("Select<true, 2>", 256, 90), kernel("SelectMany", 1024, 60)]
+    for name, threads, wanted in (("pool", 96, "Pool<__half>"), ("select", 256, "Select<true, 2>"), ("select", 1024, "SelectMany")):
+        assert [k["name"] for k in compiled.kernels_of({**launch, "launch": name, "threads": threads}, many)] == [wanted]
     with pytest.raises(SystemExit, match="has to name it; there are Attend"):
-        compiled.kernel_of({**launch, "launch": "pool"}, kernels)
+        compiled.kernels_of({**launch, "launch": "pool"}, kernels)
+
+
+def test_launches_that_the_cost_model_does_not_have_are_told(script) -> None:
+    compiled, cost = script("gpu_compiled"), script("gpu_cost")
+    recorded = [
+        {"dtype": dtype, "length": length, "launch": launch.name, "ctas": launch.ctas, "threads": launch.threads}
+        for dtype, length in compiled.CALLS
+        for launch in cost.launches(cost.Shape(1, length, length // 8, heads=compiled.HEADS), dtype, cost.GPUS["H200"])
+    ]
+    assert compiled.differences({"launches": recorded}) == []
+    recorded[0]["threads"] += 32
+    (told,) = compiled.differences({"launches": recorded})
+    assert told.startswith("float16, N 512: the kernels have [('pool', 48, 128)")
 
 
 @pytest.mark.slow
