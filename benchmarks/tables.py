@@ -1,4 +1,4 @@
-"""Turns results into markdown tables, so that no figure in the docs is typed by hand.
+"""Turns the results of cpu_attention.py into markdown tables, so that no figure in the docs is typed by hand.
 
     python benchmarks/tables.py benchmarks/results/cpu-attention.json --table peers
 
@@ -10,7 +10,7 @@ In a page, a table stands between two comments, the first of which says where it
 
     <!-- end -->
 
-Tables of the CUDA kernels' cost model come from benchmarks/gpu_cost.py itself.
+Tables of the CUDA kernels' cost model are marked by benchmarks/gpu_cost.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES = {
     "reference_compiled": "torch reference, compiled",
     "matmul": "large matrix product",
 }
-_MARKED = re.compile(r"(<!-- (benchmarks/(?:results/\S+\.json|gpu_cost\.py)) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (benchmarks/results/\S+\.json) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
 Results = dict[str, Any]
@@ -135,12 +135,12 @@ def machine_line(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    **gpu_compiled.TABLES,
     "machine": machine_line,
     "peers": peers_table,
     "lengths": lengths_table,
     "dtypes": dtypes_table,
     "threads": threads_table,
-    **gpu_compiled.TABLES,
 }
 
 
@@ -152,15 +152,20 @@ def markdown(results: Results) -> str:
     return "\n\n".join(TABLES[name](results) for name in names)
 
 
+_MODELLED = re.compile(r"(<!-- benchmarks/gpu_cost\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
 def updated(page: str, root: Path = ROOT) -> str:
-    """The page with every marked table rendered from its results."""
+    """The page with every marked table rendered from its results, and those of the cost model from the model."""
 
     def render(match: re.Match[str]) -> str:
-        model = match[2].endswith(".py")
-        table = gpu_cost.TABLES[match[3]]() if model else TABLES[match[3]](json.loads((root / match[2]).read_text()))
-        return f"{match[1]}\n{table}\n\n{match[4]}"
+        results = json.loads((root / match[2]).read_text())
+        return f"{match[1]}\n{TABLES[match[3]](results)}\n\n{match[4]}"
 
-    return _MARKED.sub(render, page)
+    def render_model(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{gpu_cost.TABLES[match[2]]()}\n\n{match[3]}"
+
+    return _MODELLED.sub(render_model, _MARKED.sub(render, page))
 
 
 def _groups(results: Results, *axes: str) -> dict[tuple[Any, ...], list[Row]]:
