@@ -405,6 +405,11 @@ def roofline(shape: Shape, dtype: str, gpu: Gpu) -> float:
     return 4 * shape.batch * shape.length * shape.heads * shape.head_size * BYTES[dtype] / gpu.whole["HBM"]
 
 
+FLASH_ATTENTION_3 = {512: 333.0, 1024: 392.0, 4096: 476.0, 16384: 497.0}
+"""N -> TFLOP/s of dense attention, heads of 64, 16-bit, on an H100: flash-attention's published charts."""
+DENSE_GOALS = {512: 1.0, 4096: 8.0, 16384: 20.0}
+"""N -> how many times as long dense attention is to take."""
+
 WHAT_IFS: tuple[tuple[str, Callable[[Gpu], Gpu]], ...] = (
     ("as assumed", lambda gpu: gpu),
     ("L2 5.5 TB/s", lambda gpu: replace(gpu, l2=5.5)),
@@ -461,6 +466,19 @@ def verdict(gpu: Gpu = GPUS["H200"], dtype: str = "bfloat16") -> str:
     return "\n".join(lines)
 
 
+def dense_table(gpu: Gpu = GPUS["H200"], dtype: str = "bfloat16") -> str:
+    """Beside dense attention as published."""
+    rows = []
+    for n, rate in FLASH_ATTENTION_3.items():
+        shape = Shape(8, n, n // 8)
+        taken = 4.0 * shape.batch * shape.heads * n * n * shape.head_size / (rate * 1e6)
+        mine = expected(shape, dtype, gpu)
+        goal = DENSE_GOALS.get(n)
+        met = "-" if goal is None else f"{goal:g}x, {'met' if taken / mine >= goal else 'missed'}"
+        rows.append([shape.name, _number(mine), _number(taken), f"{taken / mine:.1f}x", met])
+    return _table(["shape", f"expected, {gpu.name}", "FlashAttention-3, H100, published", "times as long", "goal"], rows)
+
+
 def gpus_table() -> str:
     """Expected microseconds of the goals' shapes on each GPU and type."""
     head = ["GPU", "type", *(shape.name for shape in GOALS)]
@@ -508,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "goals": goals_table,
     "verdict": verdict,
+    "dense": dense_table,
     "gpus": gpus_table,
     "rates": rates_table,
     "attend": attend_table,

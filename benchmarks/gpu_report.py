@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import gpu_cost
+
 _HOW = """Microseconds per call, median (quartiles). H 12, D 64, no padding. *graph*: one captured CUDA graph of calls on rotating
 inputs, together larger than twice the L2 cache. *one*: a graph for each call. *calls*: plain calls from Python one after another.
 Dense attention is torch's scaled_dot_product_attention; *best dense* is the fastest of its implementations that ran here. *flex*:
@@ -13,8 +15,6 @@ each tensor moved once at this GPU's copy rate, or the exact blocks' products at
 time. *expected*: the cost model's time (docs/kernels-cuda.md), where it has this GPU's rates.
 """
 GOAL_GPU, GOAL_DTYPE = "H200", "bfloat16"
-DENSE_GOALS = {512: 1.0, 4096: 8.0, 16384: 20.0}
-"""N -> how many times as long the best dense attention must take, at B 8 with four exact blocks a row."""
 AUTHORS_GOAL = 30.0
 
 
@@ -107,7 +107,7 @@ def goals(rows: Sequence[Mapping[str, Any]], gpu: str) -> list[tuple[str, str, s
                 (what, f"{row['goal']:g} us", _or_dash(time, "{:.1f} us"), elsewhere or _met(time, row["goal"], least=False))
             )
     for row in timed:
-        wanted = DENSE_GOALS.get(row["length"]) if row["batch"] == 8 and row["model"] == "base-512-4" else None
+        wanted = gpu_cost.DENSE_GOALS.get(row["length"]) if row["batch"] == 8 and row["model"] == "base-512-4" else None
         if wanted is not None:
             ratio = _ratio(_best(_best_dense(row)), _best(row["contestants"]["ours"]))
             found.append(

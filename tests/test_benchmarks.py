@@ -270,6 +270,15 @@ def test_the_verdict_says_what_decides(script) -> None:
         assert line.startswith(f"- {shape.name}: {'missed' if shape in missed else 'met'}")
 
 
+def test_the_model_beside_dense_attention(script) -> None:
+    """FlashAttention-3's published rate at 4096 is 866 us for this shape."""
+    dense = {line[0]: line for line in cells(script("gpu_cost").dense_table())[2:]}
+    assert dense["B 8, N 4096"][2] == "866"
+    assert dense["B 8, N 1024"][4] == "-"
+    ratio, goal = dense["B 8, N 16384"][3:]
+    assert goal == ("20x, met" if float(ratio.rstrip("x")) >= 20 else "20x, missed")
+
+
 def test_the_cost_models_command(script, capsys) -> None:
     script("gpu_cost").main(["--gpu", "A100", "--dtype", "float32", "--batch", "2", "--length", "8192"])
     printed = capsys.readouterr().out
