@@ -26,17 +26,17 @@ import numpy.typing as npt
 import onnxruntime as ort
 import torch
 import transformers
+from dense_roberta import dense_model
 from measure import Timing, machine, matmul_gflops, take_turns
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
-from transformers import RobertaConfig, RobertaModel
+from transformers import RobertaModel
 
 from mra_export import MraRuntime, parity
 from mra_export.backends.onnx_runtime import session_options
 from mra_export.bundle import MODEL, OP_LIBRARY
 from mra_export.contract import TOLERANCES
 from mra_export.export import export_bundle
-from mra_export.model import MraConfig
 from mra_export.onnx_model import unaliased_rows
 from mra_export.presets import PRESETS, init_checkpoint
 
@@ -112,23 +112,6 @@ def mra_peer(bundle: Path, backend: str, threads: int, reference: bool = False) 
         return session(bundle / MODEL, session_options(bundle / OP_LIBRARY, threads), prefix)
 
     return Peer(run, profiled if onnx_runtime else None)
-
-
-def dense_model(preset: str) -> RobertaModel:
-    mra = MraConfig(**PRESETS[preset])
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=mra.vocab_size,
-        hidden_size=mra.hidden_size,
-        num_hidden_layers=mra.num_hidden_layers,
-        num_attention_heads=mra.num_attention_heads,
-        intermediate_size=mra.intermediate_size,
-        max_position_embeddings=mra.max_position_embeddings + 2,
-        type_vocab_size=mra.type_vocab_size,
-        layer_norm_eps=mra.layer_norm_eps,
-        attn_implementation="eager",
-    )
-    return RobertaModel(config, add_pooling_layer=False).eval()
 
 
 class _Forward(torch.nn.Module):

@@ -1,11 +1,12 @@
-"""Times the CUDA attention kernel beside torch's dense attention and the authors' kernels, on the same inputs, in one run.
+"""Times the CUDA attention kernel beside torch's dense attention, flex_attention and the authors' kernels, in one run.
 
-    python benchmarks/gpu_attention.py [--json FILE] [--seconds S] [--dtype bfloat16] [--authors-build FOLDER]
+    python benchmarks/gpu_attention.py [--json FILE] [--seconds S] [--limit S] [--dtype bfloat16] [--authors-build FOLDER]
 
 Every contestant's answer is checked before it is timed. They take turns, so that whatever else the GPU does hits all of them. Each
 run goes through several sets of inputs, together larger than twice the L2 cache, so that no call finds its inputs there. Times are
-from CUDA events, per call: "graph" from a captured CUDA graph of all sets, "calls" from plain calls one after another, with what
-the host adds. Needs numpy and torch. `--device cpu --library EMULATED` runs it on the emulated kernel at toy shapes: a test of this
+from CUDA events, per call: "graph" from a captured CUDA graph of all sets, "one" from a graph for each set (B 1 only), "calls" from
+plain calls one after another, with what the host adds. The profiler gives each launch's own time, beside what the cost model
+expects. Needs numpy and torch. `--device cpu --library EMULATED` runs it on the emulated kernel at toy shapes: a test of this
 script, not a measurement.
 """
 
@@ -18,37 +19,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
 import authors_kernels
+import gpu_cost
+import gpu_peers
+import kernel_check
 import torch
+from gpu_measure import Clock, Contestant, KernelTime, first_line, kernel_times, name_of, take_turns
+from kernel_check import Device, Inputs
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from mra_export import kernel, libraries
 from mra_export.contract import Attributes, attention_scale
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
-import kernel_check
-from kernel_check import Device, Inputs
-
 SKIPPED = kernel_check.SKIPPED
-HEADS, HEAD_SIZE = 12, 64
+HEAD_SIZE = 64
 MOST_SETS = 64
-DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
-"""Our name of each of torch's fused dense attentions -> torch's."""
-DENSE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-"""Largest absolute error of dense attention beside float64, for values of unit size; also of our batch row beside itself alone."""
-AUTHORS_TOLERANCE, AUTHORS_ROWS = 2e-3, 0.99
-"""Absolute, and the share of tokens that must keep it: their scores round otherwise, so near-tied blocks fall otherwise."""
+DTYPES = ("bfloat16", "float16", "float32")
+TF32X3 = "ours tf32x3"
+OURS = ("ours", TF32X3)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """model: the published configuration whose blocks these are. goal: microseconds in bfloat16 on an H200, where there is one."""
+    """model: the published configuration whose blocks these are."""
 
     model: str
     batch: int
@@ -56,212 +54,82 @@ class Shape:
     num_blocks: int
     first: int = 0
     diagonal: int = 0
-    goal: float | None = None
+    heads: int = 12
 
     @property
     def attributes(self) -> Attributes:
-        return Attributes(HEADS, self.num_blocks, attention_scale(HEAD_SIZE), "full", self.first, self.diagonal)
+        return Attributes(self.heads, self.num_blocks, attention_scale(HEAD_SIZE), "full", self.first, self.diagonal)
+
+    @property
+    def cost(self) -> gpu_cost.Shape:
+        """The shape as the cost model has it."""
+        return gpu_cost.Shape(self.batch, self.length, self.num_blocks, self.first, heads=self.heads, head_size=HEAD_SIZE)
+
+    @property
+    def goal(self) -> float | None:
+        """Microseconds in bfloat16 on an H200, where there is one."""
+        mine = (self.batch, self.length, self.num_blocks, self.first)
+        goals = {(goal.batch, goal.length, goal.num_blocks, goal.full): goal.goal for goal in gpu_cost.GOALS}
+        return goals.get(mine) if self.heads == 12 else None
 
 
 SHAPES = (
-    *(Shape("base-512-4", 8, n, n // 8, goal=goal) for n, goal in ((512, 18), (1024, 35), (4096, 120), (16384, 700))),
-    Shape("base-4096-8-d3", 8, 4096, 1024, 3, 1, goal=220),
-    *(Shape("base-512-4", 1, n, n // 8, goal=goal) for n, goal in ((512, 12), (1024, None), (4096, None), (16384, None))),
+    *(Shape("base-512-4", 8, n, n // 8) for n in (512, 1024, 4096, 16384)),
+    Shape("base-4096-8-d3", 8, 4096, 1024, 3, 1),
+    *(Shape("base-512-4", 1, n, n // 8) for n in (512, 1024, 4096, 16384)),
     Shape("base-4096-8-d3", 1, 4096, 1024, 3, 1),
 )
 EMULATED_SHAPES = (Shape("base-512-4", 2, 64, 3),)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds per call."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    fastest: float
-    rounds: int
-
-
-@dataclass
-class Contestant:
-    """calls: one for each set of inputs. how: what it ran on. left_out: why there are no times."""
-
-    name: str
-    how: str = ""
-    calls: list[Callable[[], object]] = field(default_factory=list)
-    capturable: bool = True
-    left_out: str = ""
-    times: dict[str, Timing] = field(default_factory=dict)
-
-
-class Clock:
-    """Times runs of queued work, in microseconds: CUDA events, or the host's clock where the kernels are emulated."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-    def elapsed(self, run: Callable[[], object]) -> float:
-        if not self.device.is_cuda:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e6
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
-
-    def captured(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """All calls as one CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what a first call allocates or plans must not be captured
-                calls[0]()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return graph.replay
-
-
-def take_turns(clock: Clock, contestants: Sequence[Contestant], seconds: float) -> None:
-    """Fills in the times: rounds of one run each until `seconds` are over, at least three."""
-    runs: list[tuple[Contestant, str, Callable[[], object], list[float]]] = []
-    for contestant in contestants:
-        if contestant.left_out:
-            continue
-        calls = list(contestant.calls)
-        runs.append((contestant, "calls", lambda calls=calls: [call() for call in calls] and None, []))
-        if contestant.capturable and clock.device.is_cuda:
-            runs.append((contestant, "graph", clock.captured(calls), []))
-    for _, _, run, _ in runs:
-        clock.elapsed(run)
-    end = time.monotonic() + seconds
-    rounds = 0
-    while rounds < 3 or time.monotonic() < end:
-        for contestant, _, run, times in runs:
-            times.append(clock.elapsed(run) / len(contestant.calls))
-        rounds += 1
-    for contestant, kind, _, times in runs:
-        lower, median, upper = statistics.quantiles(times, n=4)
-        contestant.times[kind] = Timing(median, lower, upper, min(times), len(times))
-
-
-def input_sets(device: Device, shape: Shape, dtype: torch.dtype) -> list[Inputs]:
+def input_sets(device: torch.device, shape: Shape, dtype: torch.dtype) -> list[Inputs]:
     """Sets of normal inputs, no padding, together above twice the L2 cache."""
-    size = (shape.batch, shape.length, HEADS * HEAD_SIZE)
+    size = (shape.batch, shape.length, shape.heads * HEAD_SIZE)
     one = 3 * math.prod(size) * torch.empty((), dtype=dtype).element_size()
-    cache = torch.cuda.get_device_properties(device.torch_device).L2_cache_size if device.is_cuda else 0
-    generator = torch.Generator(device.torch_device).manual_seed(0)
-    mask = torch.ones(size[:2], dtype=torch.int32, device=device.torch_device)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    generator = torch.Generator(device).manual_seed(0)
+    mask = torch.ones(size[:2], dtype=torch.int32, device=device)
     return [
-        Inputs(*(torch.randn(size, generator=generator, device=device.torch_device).to(dtype) for _ in range(3)), mask)
+        Inputs(*(torch.randn(size, generator=generator, device=device).to(dtype) for _ in range(3)), mask)
         for _ in range(max(2, min(MOST_SETS, math.ceil(2 * cache / one))))
     ]
 
 
-def ours(device: Device, shape: Shape, sets: Sequence[Inputs]) -> Contestant:
+def has_tf32x3() -> bool:
+    """Whether this library's float32 can run on tensor cores."""
+    return any(name == "float32_mode" for name, *_ in kernel.Params._fields_)
+
+
+def ours(device: Device, shape: Shape, sets: Sequence[Inputs], tf32x3: bool = False) -> Contestant:
+    """The kernel. tf32x3: float32 on tensor cores, judged beside the exact kernel, which is checked by itself."""
     params = kernel_check.params_for(sets[0], shape.attributes)
+    if tf32x3:
+        params.float32_mode = 1
     workspace = kernel_check.workspace_for(device, params).tensor
     contexts = [torch.empty_like(inputs.query) for inputs in sets]
     calls = [
         lambda inputs=inputs, context=context: kernel_check.launch(device, params, inputs, context, workspace)
         for inputs, context in zip(sets, contexts, strict=True)
     ]
-    contestant = Contestant("ours", "mra_attention_cuda", list(calls))
+    contestant = Contestant(TF32X3 if tf32x3 else "ours", "mra_attention_cuda", list(calls), one_graph=shape.batch == 1)
     try:
-        # Batch rows are independent: the first alone keeps the float64 reference small. Includes selection beside the CPU kernel.
-        first = Inputs(*(getattr(sets[0], name)[:1] for name in ("query", "key", "value", "mask")))
-        contestant.how += f", check: {kernel_check.check_call(device, first, shape.attributes)}"
+        first = gpu_peers.first_row(sets[0])
+        if not tf32x3:  # includes selection beside the CPU kernel
+            contestant.how += f", check: {kernel_check.check_call(device, first, shape.attributes)}"
         alone = kernel_check.run(device, first, shape.attributes)
         calls[0]()
         device.synchronize()
         apart = float((contexts[0][:1].float() - alone.float()).abs().max())
-        kernel_check.expect(apart <= DENSE_TOLERANCE[alone.dtype], f"a batch row alone and in its batch are {apart:.1e} apart")
+        what = "the exact kernel's context and this" if tf32x3 else "a batch row alone and in its batch"
+        kernel_check.expect(apart <= gpu_peers.TOLERANCE[alone.dtype], f"{what} are {apart:.1e} apart")
     except AssertionError as error:
         contestant.left_out = f"wrong, so not timed: {error}"
     return contestant
 
 
-def dense_contestants(device: Device, shape: Shape, sets: Sequence[Inputs]) -> list[Contestant]:
-    """torch's own choice first, then each fused implementation that it did not choose."""
-    heads = [tuple(_heads(x) for x in (inputs.query, inputs.key, inputs.value)) for inputs in sets]
-    chosen = _torchs_choice(heads[0])
-    default = Contestant("sdpa", f"torch chose {chosen}", [lambda h=h: scaled_dot_product_attention(*h) for h in heads])
-    found = [default]
-    for name, backend in DENSE.items() if device.is_cuda else ():
-        if name == chosen:
-            continue
-
-        def call(h: Any, backend: SDPBackend = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(*h)
-
-        found.append(Contestant(f"sdpa {name}", name, [lambda h=h, call=call: call(h) for h in heads]))
-    for contestant in found:
-        try:
-            error = _dense_error(contestant.calls[0](), heads[0])
-            allowed = DENSE_TOLERANCE[sets[0].query.dtype]
-            contestant.how += f", error {error:.1e}"
-            if not error <= allowed:
-                contestant.left_out = f"error {error:.1e} is above {allowed}: not timed"
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            contestant.left_out = str(error).splitlines()[0]
-    return found
-
-
-def _heads(x: Tensor) -> Tensor:
-    """(B, N, H * D) -> (B, H, N, D), the same memory."""
-    return x.unflatten(2, (HEADS, HEAD_SIZE)).transpose(1, 2)
-
-
-def _torchs_choice(heads: Sequence[Tensor]) -> str:
-    try:
-        backend = SDPBackend(torch._fused_sdp_choice(*heads))
-    except (AttributeError, RuntimeError, ValueError):
-        return "what it does not tell"  # an internal function of torch
-    return next((name for name, known in DENSE.items() if known == backend), backend.name.lower())
-
-
-def _dense_error(context: Any, heads: Sequence[Tensor]) -> float:
-    """Beside float64, for the first and the last 64 queries of the first batch row."""
-    query, key, value = (x[0].double() for x in heads)
-    worst = 0.0
-    for part in (slice(0, 64), slice(-64, None)):
-        weights = torch.softmax(query[:, part] @ key.transpose(1, 2) / math.sqrt(HEAD_SIZE), -1)
-        worst = max(worst, float((context[0, :, part].double() - weights @ value).abs().max()))
-    return worst
-
-
-def authors(shape: Shape, sets: Sequence[Inputs], kernels: Any, reason: str) -> Contestant:
-    """kernels: compiled, or None with the reason."""
-    contestant = Contestant("authors", "float32", capturable=False, left_out=reason)  # they launch on the default stream
-    if reason:
-        return contestant
-    try:
-        few = sets[:8]  # they copy their inputs
-        calls = [authors_kernels.prepare(kernels, x.query, x.key, x.value, x.mask, shape.attributes) for x in few]
-        agree = authors_agree(calls[0](), few[0], shape)
-        contestant.how += f", {agree:.2%} of tokens agree"
-        if agree < AUTHORS_ROWS:
-            contestant.left_out = f"only {agree:.1%} of tokens agree with the operator: not timed"
-        contestant.calls = list(calls)
-    except (authors_kernels.LeftOutError, RuntimeError) as error:
-        contestant.left_out = str(error).splitlines()[0]
-    return contestant
-
-
-def authors_agree(context: Tensor, inputs: Inputs, shape: Shape) -> float:
-    """Share of the first batch row's tokens and heads whose context is the reference's, within AUTHORS_TOLERANCE."""
-    row = [getattr(inputs, name)[:1] for name in ("query", "key", "value", "mask")]
-    expected = kernel_check.mra_attention(*(x.float() for x in row[:3]), row[3], shape.attributes)
-    error = (context[:1] - expected).unflatten(2, (HEADS, HEAD_SIZE)).abs().amax(-1)
-    return float((error <= AUTHORS_TOLERANCE).float().mean())
+def chosen(device: Device, attributes: Attributes) -> Callable[[Inputs], Tensor]:
+    """inputs -> the blocks that the kernel chose, (B, H, nb, nb) bool."""
+    return lambda inputs: kernel_check.selection(device, inputs, attributes)[0] == 2
 
 
 @dataclass(frozen=True)
@@ -273,48 +141,90 @@ class Ceilings:
 
 
 def ceilings(clock: Clock, dtypes: Sequence[torch.dtype]) -> Ceilings | None:
-    if not clock.device.is_cuda:
+    if not clock.is_cuda:
         return None
-    source = torch.empty(2**30, dtype=torch.uint8, device=clock.device.torch_device).random_()
+    source = torch.empty(2**30, dtype=torch.uint8, device=clock.device).random_()
     target = torch.empty_like(source)
     copied = min(clock.elapsed(lambda: target.copy_(source)) for _ in range(10))
     flops = {}
     for dtype in dtypes:
         side = 4096 if dtype == torch.float32 else 8192
-        a, b = (torch.randn(side, side, device=clock.device.torch_device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
         taken = statistics.median([clock.elapsed(lambda a=a, b=b: a @ b) for _ in range(8)][2:])
-        flops[_name(dtype)] = 2 * side**3 / taken
+        flops[name_of(dtype)] = 2 * side**3 / taken
     return Ceilings(2 * source.numel() / copied, flops)
 
 
 def roofline(shape: Shape, dtype: torch.dtype, found: Ceilings) -> float:
     """Microseconds that the operator takes at least here: each tensor moved once, or the exact blocks' products, what is longer."""
-    elements = shape.batch * shape.length * HEADS * HEAD_SIZE
+    elements = shape.batch * shape.length * shape.heads * HEAD_SIZE
     moved = 4 * elements * torch.empty((), dtype=dtype).element_size() / found.bytes_per_us
-    flops = shape.batch * HEADS * shape.num_blocks * 32 * 32 * HEAD_SIZE * 4
-    return max(moved, flops / found.flops_per_us[_name(dtype)])
+    flops = shape.batch * shape.heads * shape.num_blocks * 32 * 32 * HEAD_SIZE * 4
+    return max(moved, flops / found.flops_per_us[name_of(dtype)])
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def launch_rows(
+    contestant: Contestant, measured: Sequence[KernelTime], expected: Sequence[gpu_cost.Launch], gpu: gpu_cost.Gpu | None
+) -> list[dict[str, Any]]:
+    """Each launch's measured time, beside the cost model's where their number is the same and the GPU is known."""
+    rows: list[dict[str, Any]] = [{"contestant": contestant.name, "kernel": each.name, "measured_us": each.us} for each in measured]
+    if gpu is not None and len(expected) == len(rows):
+        for row, launch in zip(rows, expected, strict=True):
+            row |= {"launch": launch.name, "expected_us": launch.expected(gpu) - gpu.launch, "bound": launch.bound(gpu)}
+    return rows
 
 
-def measure(
-    clock: Clock, shape: Shape, dtype: torch.dtype, seconds: float, found: Ceilings | None, kernels: Any, reason: str
-) -> dict[str, Any]:
+def known_gpu(clock: Clock) -> gpu_cost.Gpu | None:
+    """The cost model's rates for this GPU."""
+    name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else ""
+    return next((gpu for gpu in gpu_cost.GPUS.values() if gpu.name in name.split()), None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and beside what is timed. seconds: for each shape. kernels: the authors', compiled, or None with the reason."""
+
+    device: Device
+    seconds: float
+    found: Ceilings | None
+    kernels: Any
+    reason: str
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.device.torch_device)
+
+
+def measure(place: Place, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     """One row of the results, JSON-ready."""
+    device, clock, found = place.device, place.clock, place.found
     sets = input_sets(clock.device, shape, dtype)
-    contestants = [ours(clock.device, shape, sets), *dense_contestants(clock.device, shape, sets)]
+    contestants = [ours(device, shape, sets)]
+    if dtype == torch.float32 and has_tf32x3():
+        contestants.append(ours(device, shape, sets, tf32x3=True))
+    contestants += gpu_peers.dense(sets, shape.attributes)
+    contestants.append(gpu_peers.flex(sets, shape.attributes, chosen(device, shape.attributes)))
     if dtype == torch.float32:
-        contestants.append(authors(shape, sets, kernels, reason))
+        contestants.append(gpu_peers.authors(sets, shape.attributes, place.kernels, place.reason))
+    gpu = known_gpu(clock)
+    launches: list[dict[str, Any]] = []
     with torch.no_grad():
-        take_turns(clock, contestants, seconds)
-    row: dict[str, Any] = {**asdict(shape), "heads": HEADS, "head_size": HEAD_SIZE, "dtype": _name(dtype), "input_sets": len(sets)}
-    row["roofline_us"] = roofline(shape, dtype, found) if found else None
-    row["contestants"] = {
-        c.name: {"how": c.how, "left_out": c.left_out, "times_us": {kind: asdict(t) for kind, t in c.times.items()}}
-        for c in contestants
-    }
+        take_turns(clock, contestants, place.seconds)
+        for contestant in contestants:
+            if contestant.name not in OURS or contestant.left_out or not clock.is_cuda:
+                continue
+            try:
+                measured = kernel_times(contestant.calls, "mra::")
+            except (RuntimeError, ValueError) as error:
+                contestant.how += f", launches not timed: {first_line(error)}"
+                continue
+            model = gpu_cost.launches(shape.cost, name_of(dtype), gpu, contestant.name == TF32X3) if gpu else []
+            launches += launch_rows(contestant, measured, model, gpu)
+    row: dict[str, Any] = {**asdict(shape), "goal": shape.goal, "head_size": HEAD_SIZE, "dtype": name_of(dtype)}
+    row |= {"input_sets": len(sets), "roofline_us": roofline(shape, dtype, found) if found else None}
+    row["expected_us"] = gpu_cost.expected(shape.cost, name_of(dtype), gpu) if gpu else None
+    row["launches"] = launches
+    row["contestants"] = {contestant.name: contestant.as_dict() for contestant in contestants}
     return row
 
 
@@ -331,10 +241,11 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     parser = argparse.ArgumentParser(description="Time the CUDA attention kernel beside dense attention.")
     parser.add_argument("--library", type=Path, help="libmra_attention built with CUDA; default: the installed one")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the emulated library, at toy shapes")
-    parser.add_argument("--dtype", action="append", choices=["bfloat16", "float16", "float32"], help="default: bfloat16, float32")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time for each shape and dtype (default %(default)s)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeat for several; default: all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each shape and dtype (default %(default)s)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="begin no shape after this many seconds")
     parser.add_argument("--authors-build", type=Path, help="folder to compile the authors' kernels in; default: they are left out")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--json", type=Path, help="write everything to this file, after each shape")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         write(f"SKIP all: torch {torch.__version__} finds no CUDA GPU\n")
@@ -343,9 +254,10 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     if path is None:
         write("SKIP all: libmra_attention is not built\n")
         return SKIPPED
+    end = time.monotonic() + options.limit
     device = Device(kernel_check.load(path), torch.device(options.device), small=False)
-    clock = Clock(device)
-    dtypes = [getattr(torch, name) for name in options.dtype or ("bfloat16", "float32")]
+    clock = Clock(device.torch_device)
+    dtypes = [getattr(torch, name) for name in options.dtype or DTYPES]
     kernels, reason = None, "not asked for: --authors-build"
     if options.authors_build:
         try:
@@ -356,26 +268,36 @@ def main(arguments: list[str] | None = None, write: Callable[[str], Any] = sys.s
     compared = "compared with the CPU kernel" if kernel.available() else "NOT compared: libmra_attention is not installed"
     write(f"selection {compared}\n")
     found = ceilings(clock, dtypes)
-    rows = []
-    for shape in SHAPES if device.is_cuda else EMULATED_SHAPES:
-        for dtype in dtypes:
+    place = Place(device, options.seconds, found, kernels, reason)
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for dtype in dtypes:  # the goals' type first, should the time not suffice
+        for shape in SHAPES if device.is_cuda else EMULATED_SHAPES:
+            name = f"{shape.model} B {shape.batch} N {shape.length} {name_of(dtype)}"
+            if time.monotonic() > end:
+                skipped.append(f"{name}: the time of --limit was over")
+                continue
             try:
-                rows.append(measure(clock, shape, dtype, options.seconds, found, kernels, reason))
+                rows.append(measure(place, shape, dtype))
                 write(line(rows[-1]) + "\n")
             except torch.cuda.OutOfMemoryError:
-                write(f"SKIP {shape.model} B {shape.batch} N {shape.length} {_name(dtype)}: the GPU has too little memory\n")
+                skipped.append(f"{name}: the GPU has too little memory")
             if device.is_cuda:
                 torch.cuda.empty_cache()
-    if options.json:
-        result = {
-            "emulated": not device.is_cuda,
-            "authors": reason or "compiled",
-            "ceilings": asdict(found) if found else None,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    wrong = [row for row in rows if row["contestants"]["ours"]["left_out"]]
-    write(f"{len(rows)} rows, {len(wrong)} wrong\n")
+            if options.json:
+                result = {
+                    "emulated": not device.is_cuda,
+                    "gpu": torch.cuda.get_device_name(clock.device) if device.is_cuda else None,
+                    "authors": reason or "compiled",
+                    "ceilings": asdict(found) if found else None,
+                    "skipped": skipped,
+                    "rows": rows,
+                }
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for text in skipped:
+        write(f"SKIP {text}\n")
+    wrong = [row for row in rows if any(row["contestants"][name]["left_out"] for name in OURS if name in row["contestants"])]
+    write(f"{len(rows)} rows, {len(wrong)} wrong{f', {len(skipped)} left out' if skipped else ''}\n")
     return 1 if wrong or not rows else 0
 
 

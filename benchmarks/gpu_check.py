@@ -1,11 +1,11 @@
 """Everything that a machine with an NVIDIA GPU can say about this repository, in one command: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--only STEP] [--minutes 8] [--out FOLDER]
+    python benchmarks/gpu_check.py [--only STEP] [--minutes 9] [--out FOLDER]
 
 Builds the CUDA parts for the GPU at hand, checks the kernels, the plugin and a whole model on it, runs compute-sanitizer, and times
-the kernel beside dense attention. Needs nvcc, CMake, a C++ compiler, and a Python with numpy, torch (CUDA) and transformers; no
-network, nothing is installed. A step that lacks something is left out with a line that says what. Results: a JSON file and a table
-under benchmarks/results/. This script itself needs the standard library only. More: docs/gpu-check.md.
+the kernel and whole models beside dense attention. Needs nvcc, CMake, a C++ compiler, and a Python with numpy, torch (CUDA) and
+transformers; no network, nothing is installed. A step that lacks something is left out with a line that says what. Results: a JSON
+file and a table under benchmarks/results/. This script itself needs the standard library only. More: docs/gpu-check.md.
 
 Exit status: 0 nothing failed and the kernel tests ran; 1 something failed; 2 nothing could be started: no GPU, no compiler, or a
 wrong argument.
@@ -281,12 +281,24 @@ def authors(place: Workplace) -> Outcome:
 def benchmark(place: Workplace) -> Outcome:
     _need("numpy", "torch")
     path = place.results("benchmark")
-    arguments = ["--json", str(path)]
+    arguments = ["--json", str(path), *_limit(place)]
     compiled = place.build / "authors"
     if any(compiled.glob("*.so")):
         arguments += ["--authors-build", str(compiled)]
     lines = place.script("benchmark", "benchmarks/gpu_attention.py", *arguments)
     return Outcome(lines[-1], json.loads(path.read_text()))
+
+
+def models(place: Workplace) -> Outcome:
+    _need("numpy", "torch", "transformers")
+    path = place.results("models")
+    lines = place.script("models", "benchmarks/gpu_model.py", "--dtype", "float16", "--json", str(path), *_limit(place))
+    return Outcome(lines[-1], json.loads(path.read_text()))
+
+
+def _limit(place: Workplace) -> tuple[str, str]:
+    """A benchmark begins nothing in the last sixth of its time, so that what it measured is kept."""
+    return "--limit", f"{place.left() * 5 / 6:.0f}"
 
 
 STEPS = (
@@ -303,6 +315,7 @@ STEPS = (
     Step("model", "a whole model on the GPU", 90, model),
     Step("authors", "the authors' kernels: compile", 150, authors),
     Step("benchmark", "benchmark beside dense attention", 180, benchmark),
+    Step("models", "benchmark of whole models", 300, models),
 )
 
 
@@ -448,7 +461,7 @@ def save(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 def main(arguments: Sequence[str] | None = None, write: Callable[[str], Any] = sys.stdout.write) -> int:
     parser = argparse.ArgumentParser(description="Build, check and time the CUDA parts on this machine's GPU.")
     parser.add_argument("--only", action="append", choices=[step.name for step in STEPS], help="this step; repeat for several")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the results; default: benchmarks/results, and none with --only")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu-check", help="folder to build in")
     parser.add_argument("--architecture", metavar="CC", help="such as 90: build for this; `--only build` then needs no GPU")

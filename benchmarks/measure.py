@@ -1,4 +1,4 @@
-"""What every CPU benchmark here needs: calls that take turns, what the machine is, what a large matrix product reaches on it."""
+"""What the benchmarks share: times, and on the CPU calls that take turns, the machine, what a large matrix product reaches."""
 
 from __future__ import annotations
 
@@ -24,17 +24,24 @@ _LEAST_CALLS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call."""
+    """Times of one call, in `unit`: "ms" or "us". calls: how many were timed, each alone or as the mean of a run."""
 
     median: float
     lower_quartile: float
     upper_quartile: float
     fastest: float
     calls: int
+    unit: str
+
+    @classmethod
+    def of(cls, times: Sequence[float], unit: str) -> Timing:
+        """times: at least two, in that unit."""
+        lower, median, upper = statistics.quantiles(times, n=4)
+        return cls(median, lower, upper, min(times), len(times), unit)
 
 
 def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: float = 0.0, turn: float = 0.0) -> list[Timing]:
-    """Times each call in turn until `seconds` are over for all of them together; at least three calls of each.
+    """Milliseconds of each call, in turn until `seconds` are over for all of them together; at least three calls of each.
 
     rest: seconds of quiet before each turn, for calls whose thread pools differ (REST). turn: seconds that one turn lasts, at least
     one call, so that the rest is paid once for many short calls. The first call after a rest is not counted where it is short.
@@ -57,8 +64,7 @@ def take_turns(calls: Sequence[Callable[[], object]], seconds: float, *, rest: f
                 kept.append((now - start) * 1e3)
                 if now >= until:
                     break
-    quartiles = [statistics.quantiles(kept, n=4) for kept in times]
-    return [Timing(q[1], q[0], q[2], min(kept), len(kept)) for q, kept in zip(quartiles, times, strict=True)]
+    return [Timing.of(kept, "ms") for kept in times]
 
 
 MATMUL_GFLOP = 2 * 1536**3 / 1e9

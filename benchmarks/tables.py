@@ -9,6 +9,8 @@ In a page, a table stands between two comments, the first of which says where it
     <!-- benchmarks/results/cpu-attention.json peers -->
 
     <!-- end -->
+
+Tables of the CUDA kernels' cost model are marked by benchmarks/gpu_cost.py.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+import gpu_compiled
+import gpu_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
@@ -202,6 +206,7 @@ def soak_line(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    **gpu_compiled.TABLES,
     "machine": machine_line,
     "peers": peers_table,
     "lengths": lengths_table,
@@ -227,14 +232,20 @@ def markdown(results: Results) -> str:
     return "\n\n".join(TABLES[name](results) for name in names)
 
 
+_MODELLED = re.compile(r"(<!-- benchmarks/gpu_cost\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
 def updated(page: str, root: Path = ROOT) -> str:
-    """The page with every marked table rendered from its results."""
+    """The page with every marked table rendered from its results, and those of the cost model from the model."""
 
     def render(match: re.Match[str]) -> str:
         results = json.loads((root / match[2]).read_text())
         return f"{match[1]}\n{TABLES[match[3]](results)}\n\n{match[4]}"
 
-    return _MARKED.sub(render, page)
+    def render_model(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{gpu_cost.TABLES[match[2]]()}\n\n{match[3]}"
+
+    return _MODELLED.sub(render_model, _MARKED.sub(render, page))
 
 
 def _groups(results: Results, *axes: str) -> dict[tuple[Any, ...], list[Row]]:

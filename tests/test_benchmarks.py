@@ -173,6 +173,218 @@ def test_plots(script, results, tmp_path) -> None:
     assert plots.draw(results, tmp_path) == [], "one point is no line"
 
 
+def gpu_results() -> dict[str, Any]:
+    """As gpu_attention.py writes them; the figures are made up."""
+    rows = []
+    for batch in (8, 1):
+        for length in (512, 1024):
+            times = {"ours": 20.0, "sdpa": 40.0, "flex": 30.0}
+            contestants = {name: {"times_us": {"calls": timing(t * length / 512)}} for name, t in times.items()}
+            contestants |= {"sdpa cudnn": {"times_us": {}}, "authors": {"times_us": {}}}
+            row = {"dtype": "bfloat16", "batch": batch, "length": length, "first": 0, "contestants": contestants}
+            rows.append({**row, "roofline_us": 5.0, "expected_us": 18.0})
+    return {"emulated": False, "gpu": "Made Up 9000", "rows": [*rows, {**rows[0], "first": 3}]}
+
+
+def test_plots_of_a_gpu(script, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = script("plots")
+    results = gpu_results()
+    (path,) = plots.draw_gpu(results, tmp_path)
+    assert path.name == "gpu-attention-bfloat16.svg"
+    content = path.read_bytes()
+    assert ElementTree.fromstring(content).tag.endswith("svg")
+    for text in ("Made Up 9000, bfloat16", "this kernel", "torch sdpa", "flex_attention, same blocks", "roofline", "cost model"):
+        assert f"<!-- {text}".encode() in content, text
+    assert b"authors" not in content
+    assert b"sdpa cudnn" not in content, "it has no times"
+    plots.draw_gpu(results, tmp_path / "again")
+    assert (tmp_path / "again" / path.name).read_bytes() == content
+    results["rows"] = results["rows"][:1]
+    assert plots.draw_gpu(results, tmp_path) == [], "one point is no line"
+    whole = tmp_path / "gpu.json"
+    whole.write_text(json.dumps({"benchmark": {**gpu_results(), "emulated": True}}))
+    shown = CliRunner().invoke(plots.main, [str(whole), str(tmp_path / "whole")])
+    assert shown.output == f"wrote {tmp_path / 'whole' / path.name}\n"
+    assert b"emulated: not a measurement" in (tmp_path / "whole" / path.name).read_bytes()
+    assert CliRunner().invoke(plots.main, [str(whole)]).exit_code == 2
+
+
+def test_the_cost_models_plot_is_that_of_the_model(script, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    plots, cost = script("plots"), script("gpu_cost")
+    assert CliRunner().invoke(plots.main, ["--expected", str(tmp_path)]).exit_code == 0
+    wanted = plots.expected_times(cost.GPUS["H200"])
+    assert wanted.startswith("Expected, not measured: H200")
+    for folder in (tmp_path, ROOT / "docs" / "images"):
+        text = (folder / plots.EXPECTED).read_text()
+        assert wanted in text, "python benchmarks/plots.py --expected docs/images"
+        assert "<!-- Expected, not measured" in text
+
+
+# The CUDA kernels' cost model
+
+
+def test_the_model_counts_what_a_launch_moves_and_computes(script) -> None:
+    cost = script("gpu_cost")
+    gpu = cost.GPUS["H200"]
+    pool, select, attend = cost.launches(cost.Shape(8, 4096, 512), "bfloat16", gpu)
+    tensor = 8 * 4096 * 768 * 2
+    blocks = 8 * 12 * 512
+    assert pool.uses["HBM"] == 3 * tensor
+    assert pool.expected(gpu) == pytest.approx(1 + 3 * tensor / 4.3e6)
+    assert pool.bound(gpu) == "HBM"
+    assert select.uses["FMA"] == select.uses["TF32"] == 8 * 12 * 128**2 * 64 * 2
+    assert attend.uses["tensor"] == blocks * 32 * 32 * 64 * 4
+    assert attend.uses["HBM"] == 4 * tensor
+    assert attend.uses["L2"] >= blocks * 2 * 32 * 64 * 2 + tensor
+    assert attend.bound(gpu) == "L2"
+    small = cost.launches(cost.Shape(8, 512, 64), "bfloat16", gpu)[2]
+    assert small.uses["HBM"] == 8 * 512 * 768 * 2, "query, key and value are still in L2, the context is written"
+    five = [launch.name for launch in cost.launches(cost.Shape(8, 4097, 516), "bfloat16", gpu)]
+    assert five == ["pool", "logits", "select", "low resolution", "attend"]
+
+
+def test_the_model_in_other_types_and_on_other_gpus(script) -> None:
+    cost = script("gpu_cost")
+    gpu, shape = cost.GPUS["H200"], cost.Shape(8, 4096, 512)
+    exact, tf32x3 = (cost.launches(shape, "float32", gpu, mode)[-1] for mode in (False, True))
+    assert exact.bound(gpu) == "FMA"
+    assert "FMA" not in tf32x3.uses
+    assert tf32x3.uses["TF32"] == 3 * exact.uses["FMA"]
+    assert cost.expected(shape, "float16", gpu) == cost.expected(shape, "bfloat16", gpu)
+    for other in cost.GPUS.values():
+        for goal in cost.GOALS:
+            times = [cost.expected(goal, *kind) for kind in (("bfloat16", other), ("float32", other, True), ("float32", other))]
+            assert times == sorted(times), f"{other.name} {goal}"
+            assert times[0] > cost.roofline(goal, "bfloat16", other)
+
+
+def test_long_rows_are_split_and_last_the_longest(script) -> None:
+    cost = script("gpu_cost")
+    gpu = cost.GPUS["H200"]
+    d3 = cost.Shape(1, 4096, 1024, full=3)
+    attend = cost.launches(d3, "bfloat16", gpu)[-1]
+    assert d3.chunk == 32
+    assert attend.ctas == 12 * (128 + 1024 // 32), "as many as any selection can need"
+    one = cost.launches(cost.Shape(1, 4096, 128), "bfloat16", gpu)[-1]
+    assert attend.cycles - one.cycles == pytest.approx((32 - 2) * gpu.block_cycles)
+    assert attend.times(gpu)["latency"] == attend.cycles / 1750, "the longest decides"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "threads", "registers", "shared", "ctas"),
+    [
+        ("90", 64, 168, 28 << 10, 6),
+        ("90", 64, 144, 0, 6),
+        ("90", 64, 128, 28 << 10, 7),
+        ("86", 64, 128, 28 << 10, 3),
+        ("80", 512, 64, 80536, 2),
+        ("89", 32, 16, 0, 24),
+    ],
+)
+def test_how_many_ctas_an_sm_holds(script, architecture, threads, registers, shared, ctas) -> None:
+    """By NVIDIA's occupancy calculator's rules: registers in units of 256 a warp, 1 KB of shared memory for each CTA itself."""
+    assert script("gpu_cost").ARCHITECTURES[architecture].resident(threads, registers, shared) == ctas
+
+
+def test_the_verdict_says_what_decides(script) -> None:
+    cost = script("gpu_cost")
+    table, verdict = cost.goals_table(), cost.verdict()
+    first = cells(table)[2]
+    assert first[0] == "as assumed"
+    missed = [shape for shape, cell in zip(cost.GOALS, first[1:], strict=True) if cell.startswith("**")]
+    lines = verdict.splitlines()
+    assert len(lines) == len(cost.GOALS)
+    for shape, line in zip(cost.GOALS, lines, strict=True):
+        assert line.startswith(f"- {shape.name}: {'missed' if shape in missed else 'met'}")
+
+
+def test_the_model_beside_dense_attention(script) -> None:
+    """FlashAttention-3's published rate at 4096 is 866 us for this shape."""
+    dense = {line[0]: line for line in cells(script("gpu_cost").dense_table())[2:]}
+    assert dense["B 8, N 4096"][2] == "866"
+    assert dense["B 8, N 1024"][4] == "-"
+    ratio, goal = dense["B 8, N 16384"][3:]
+    assert goal == ("20x, met" if float(ratio.rstrip("x")) >= 20 else "20x, missed")
+
+
+def test_the_cost_models_command(script, capsys) -> None:
+    script("gpu_cost").main(["--gpu", "A100", "--dtype", "float32", "--batch", "2", "--length", "8192"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("A100, float32: expected, not measured")
+    assert "| low resolution |" in printed
+
+
+# What the compiler makes of the CUDA kernels
+
+
+def test_names_of_kernels_and_what_ptxas_says_of_them(script) -> None:
+    compiled = script("gpu_compiled")
+    assert compiled.short_name("void mra::AttendKernel<__half, 64>(mra::Problem)") == "Attend<__half, 64>"
+    assert compiled.short_name("void mra::(anonymous namespace)::PoolKernel<float>(mra::Problem)") == "Pool<float>"
+    assert compiled.short_name("mra::SelectKernel(mra::Problem)") == "Select"
+    log = "Compiling entry function '_Z1a' for 'sm_90'\n 16 bytes stack frame, 12 bytes spill stores\nUsed 64 registers"
+    assert list(compiled.entries(log, "Compiling entry", r"(\d+) bytes stack.*?Used (\d+)")) == [("_Z1a", [16, 64])]
+    with pytest.raises(SystemExit, match="in what the compiler says of a kernel"):
+        list(compiled.entries(log, "Compiling entry", r"never (\d+)"))
+
+
+def test_tables_of_what_was_compiled(script) -> None:
+    compiled = script("gpu_compiled")
+
+    def kernel(name: str, threads: int, registers: int) -> dict[str, Any]:
+        return {"name": name, "threads": threads, "compiled": {"90": {"registers": registers, "stack": 0, "spilled": 4}}}
+
+    kernels = [
+        kernel("Attend<__half, 64>", 64, 128),
+        kernel("Attend<float, 64>", 128, 80),
+        kernel("Attend<__nv_bfloat16, 64>", 64, 130),
+    ]
+    launch = {"dtype": "float16", "length": 512, "launch": "attend", "ctas": 16, "threads": 64, "shared": 28 << 10}
+    results = {"nvcc": "13.0", "kernels": kernels, "launches": [launch, {**launch, "length": 4096}]}
+    registers = cells(compiled.registers_table(results))
+    assert registers[2:] == [["`Attend<64>`", "64", "130", "4"], ["`Attend<64>`", "128", "80", "4"]]
+    occupancy = cells(compiled.occupancy_table(results))
+    assert occupancy[2:] == [["attend", "`Attend`, float16", "512", "64", "28672", "7 (14 warps)"]]
+    many = [kernel("Pool<__half>", 128, 32), kernel("Select<true, 2>", 256, 90), kernel("SelectMany", 1024, 60)]
+    for name, threads, wanted in (("pool", 96, "Pool<__half>"), ("select", 256, "Select<true, 2>"), ("select", 1024, "SelectMany")):
+        assert [k["name"] for k in compiled.kernels_of({**launch, "launch": name, "threads": threads}, many)] == [wanted]
+    with pytest.raises(SystemExit, match="has to name it; there are Attend"):
+        compiled.kernels_of({**launch, "launch": "pool"}, kernels)
+
+
+def test_launches_that_the_cost_model_does_not_have_are_told(script) -> None:
+    compiled, cost = script("gpu_compiled"), script("gpu_cost")
+    recorded = [
+        {"dtype": dtype, "length": length, "launch": launch.name, "ctas": launch.ctas, "threads": launch.threads}
+        for dtype, length in compiled.CALLS
+        for launch in cost.launches(cost.Shape(1, length, length // 8, heads=compiled.HEADS), dtype, cost.GPUS["H200"])
+    ]
+    assert compiled.differences({"launches": recorded}) == []
+    recorded[0]["threads"] += 32
+    (told,) = compiled.differences({"launches": recorded})
+    assert told.startswith("float16, N 512: the kernels have [('pool', 48, 128)")
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_what_the_compiler_makes(script, monkeypatch) -> None:
+    """The tables of the docs are those of today's sources, where the compiler is the one that they name."""
+    compiled = script("gpu_compiled")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "emulator"))
+    import test_cuda_build
+
+    stored = json.loads(compiled.RESULTS.read_text())
+    test_cuda_build.find_nvcc()  # skips without one
+    found = compiled.compile_all(("90",))
+    if found["nvcc"] != stored["nvcc"]:
+        pytest.skip(f"nvcc {found['nvcc']} is here, the tables are nvcc {stored['nvcc']}'s")
+    assert {k["name"]: k["compiled"]["90"] for k in found["kernels"]} == {
+        k["name"]: k["compiled"]["90"] for k in stored["kernels"]
+    }, "python benchmarks/gpu_compiled.py"
+    assert compiled.record_launches() == stored["launches"], "python benchmarks/gpu_compiled.py"
+
+
 def test_turns_time_every_call(script) -> None:
     measure = script("measure")
     order: list[str] = []

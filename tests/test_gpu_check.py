@@ -159,7 +159,7 @@ def test_steps_left_out_say_what_is_missing(check, tmp_path, monkeypatch):
         check.plugin(place)
 
 
-@pytest.mark.parametrize("step", ["kernels", "benchmark", "authors"])
+@pytest.mark.parametrize("step", ["kernels", "benchmark", "authors", "models"])
 def test_a_python_without_packages_is_told_not_tripped_over(step, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ORCHESTRATOR.parent)!r}); import gpu_check as c; from pathlib import Path\n"
@@ -308,7 +308,7 @@ def test_a_step_does_not_begin_when_the_time_is_over(check, tmp_path):
 
 def contestant(how: str, graph: float | None = None, calls: float | None = None, left_out: str = "") -> dict[str, Any]:
     times = {
-        kind: {"median": t, "lower_quartile": t - 1, "upper_quartile": t + 1, "fastest": t - 2, "rounds": 9}
+        kind: {"median": t, "lower_quartile": t - 1, "upper_quartile": t + 1, "fastest": t - 2, "calls": 9, "unit": "us"}
         for kind, t in (("graph", graph), ("calls", calls))
         if t is not None
     }
@@ -317,7 +317,16 @@ def contestant(how: str, graph: float | None = None, calls: float | None = None,
 
 def row(dtype: str, goal: float | None, **contestants: Any) -> dict[str, Any]:
     shape = {"model": "base-512-4", "batch": 8, "length": 4096, "num_blocks": 512, "goal": goal, "dtype": dtype}
-    return {**shape, "roofline_us": 25.0, "contestants": {name.replace("_", " "): c for name, c in contestants.items()}}
+    launch = {
+        "contestant": "ours",
+        "kernel": "PoolKernel<float>",
+        "measured_us": 36.0,
+        "launch": "pool",
+        "expected_us": 35.1,
+        "bound": "HBM",
+    }
+    shape |= {"roofline_us": 25.0, "expected_us": 48.0, "launches": [launch]}
+    return {**shape, "contestants": {name.replace("_", " "): c for name, c in contestants.items()}}
 
 
 RESULT = {
@@ -325,6 +334,8 @@ RESULT = {
     "machine": {"gpu": "Made Up 9000", "nvcc": "13.0", "driver": None},
     "steps": [{"name": "build", "title": "build", "status": "ok", "seconds": 12.34, "detail": "a | b"}],
     "benchmark": {
+        "gpu": "NVIDIA H200",
+        "skipped": ["base-512-4 B 8 N 16384 float32: the GPU has too little memory"],
         "ceilings": {"bytes_per_us": 4.2e6, "flops_per_us": {"bfloat16": 7.9e8}},
         "rows": [
             row(
@@ -334,11 +345,13 @@ RESULT = {
                 sdpa=contestant("torch chose flash, error 1e-03", 500.0, 510.0),
                 sdpa_cudnn=contestant("cudnn", 400.0, 410.0),
                 sdpa_efficient=contestant("efficient", left_out="no kernel"),
+                flex=contestant("same blocks", 75.0),
             ),
             row(
                 "float32",
                 120.0,
                 ours=contestant("mra_attention_cuda", 100.0, 110.0),
+                ours_tf32x3=contestant("mra_attention_cuda", 80.0),
                 sdpa=contestant("torch chose efficient", 2000.0),
                 authors=contestant("float32", calls=1500.0),
             ),
@@ -353,27 +366,56 @@ def test_the_table(modules):
     assert "| driver | not known |" in page
     assert "| build | ok | 12.3 | a \\| b |" in page
     assert "copy 4.20 TB/s, bfloat16 product 790 TFLOP/s" in page
-    narrow, wide = (line for line in page.splitlines() if line.startswith("| base-512-4"))
+    narrow, wide = (line for line in page.splitlines() if line.startswith("| base-512-4 |"))
     assert narrow == (
-        "| base-512-4 | 8 | 4096 | 512 | 50.0 (49.0-51.0) | 60.0 (59.0-61.0) | 120 | 50% | 500 (499-501) (flash) "
-        "| 400 (399-401) (cudnn) | 8.0x | 1500 (1499-1501) | 30.0x |"
+        "| base-512-4 | 8 | 4096 | 512 | 50.0 (49.0-51.0) | - | 60.0 (59.0-61.0) | - | 50% | 48.0 | 500 (499-501) (flash) "
+        "| 400 (399-401) (cudnn) | 8.0x | 75.0 (74.0-76.0) | 1.5x | 1500 (1499-1501) | 30.0x |"
     )
-    assert "|  | 25% | 2000 (1999-2001) (efficient) | 2000 (1999-2001) (efficient) | 20.0x | 1500 (1499-1501) | 15.0x |" in wide
+    assert "| 80.0 (79.0-81.0) | 25% | 48.0 | 2000 (1999-2001) (efficient) | 2000 (1999-2001) (efficient) | 20.0x | - | - |" in wide
+    assert "| base-512-4, B 8, N 4096 | float32 | ours: PoolKernel<float> | pool | 36.0 | 35.1 | HBM |" in page
     assert "- sdpa efficient, bfloat16: no kernel" in page
-    columns = {line.count("|") - line.count("\\|") for line in page.splitlines() if line.startswith(("| base", "| blocks"))}
-    assert columns == {14}
+    assert "- base-512-4 B 8 N 16384 float32: the GPU has too little memory" in page
+    columns = {line.count("|") - line.count("\\|") for line in page.splitlines() if line.startswith(("| base-512-4 |", "| blocks"))}
+    assert columns == {18}
+
+
+def test_the_goals_are_judged(modules):
+    report = modules("gpu_report")
+    rows = RESULT["benchmark"]["rows"]
+    assert report.goals(rows, "NVIDIA H200") == [
+        ("base-512-4, B 8, N 4096, graph", "120 us", "50.0 us", "met"),
+        ("base-512-4, B 8, N 4096, best dense takes", "8x", "8.0x", "met"),
+        ("base-512-4, B 8, N 4096, float32, the authors' kernels take", "30x", "15.0x", "missed"),
+    ]
+    assert {verdict for *_, verdict in report.goals(rows, "NVIDIA L40S")} == {"not judged: this is not an H200"}
+    one = {**rows[0], "batch": 1, "goal": 12.0, "contestants": {"ours": contestant("", graph=9.0, calls=20.0)}}
+    one["contestants"]["ours"]["times_us"]["one"] = {**one["contestants"]["ours"]["times_us"]["graph"], "median": 12.5}
+    assert report.goals([one], "NVIDIA H200") == [("base-512-4, B 1, N 4096, graph of one call", "12 us", "12.5 us", "missed")]
+    wrong = {**rows[0], "contestants": {"ours": contestant("", left_out="wrong")}}
+    assert {verdict for *_, verdict in report.goals([wrong], "NVIDIA H200")} == {"not measured"}
 
 
 def test_a_wrong_kernel_has_no_times(modules):
     broken = json.loads(json.dumps(RESULT))
     broken["benchmark"]["rows"][0]["contestants"]["ours"] = contestant("", left_out="wrong, so not timed")
     page = modules("gpu_report").markdown(broken)
-    assert "| base-512-4 | 8 | 4096 | 512 | - | - | 120 | - | 500 (499-501) (flash) | 400 (399-401) (cudnn) | - |" in page
+    assert "| base-512-4 | 8 | 4096 | 512 | - | - | - | - | - | 48.0 | 500 (499-501) (flash) | 400 (399-401) (cudnn) | - |" in page
     assert "- ours, bfloat16: wrong, so not timed" in page
 
 
 def test_a_run_without_a_benchmark_says_that_nothing_was_measured(modules):
     assert "Not measured in this run." in modules("gpu_report").markdown({**RESULT, "benchmark": None})
+
+
+def test_the_table_of_models(modules):
+    timed = contestant("error 1e-03", graph=2000.0, calls=2500.0)
+    row = {"preset": "base-512-4", "batch": 8, "length": 512, "dtype": "float16", "peer": "mra torch", **timed}
+    row |= {"tokens_per_second": 2048000.0, "vs_dense": 1.5}
+    missing = {**row, "peer": "mra tensorrt", **contestant("", left_out="not installed")}
+    page = modules("gpu_report").markdown({**RESULT, "models": {"layers": None, "rows": [row, missing]}})
+    assert "| base-512-4 | 8 | 512 | float16 | mra torch | 2.50 (2.50-2.50) | 2.00 (2.00-2.00) | 2048000 | 1.50x |" in page
+    assert "- mra tensorrt, float16: not installed" in page
+    assert "## Whole models" not in modules("gpu_report").markdown(RESULT)
 
 
 def test_results_are_written_under_the_gpus_name(check, tmp_path):
@@ -503,9 +545,11 @@ def test_the_model_check_on_the_emulated_kernels(modules, emulated, monkeypatch,
 @pytest.fixture
 def benchmark(modules: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, small enough for the emulation."""
+    import torch
+
     script = modules("gpu_attention")
-    monkeypatch.setattr(script, "HEADS", 2)
-    monkeypatch.setattr(script, "EMULATED_SHAPES", (script.Shape("base-512-4", 2, 96, 4),))
+    monkeypatch.setattr(script, "EMULATED_SHAPES", (script.Shape("base-512-4", 2, 96, 4, heads=2),))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # ten seconds; uncompiled, flex knows no blocks
     return script
 
 
@@ -516,11 +560,38 @@ def test_the_benchmark_on_the_emulated_kernels(benchmark, emulated, tmp_path):
     assert status == 0, "".join(lines)
     result = json.loads(path.read_text())
     assert result["emulated"] is True
-    assert [r["dtype"] for r in result["rows"]] == ["bfloat16", "float32"]
+    assert [r["dtype"] for r in result["rows"]] == ["bfloat16", "float16", "float32"]
     for measured in result["rows"]:
-        assert measured["contestants"]["ours"]["times_us"]["calls"]["rounds"] >= 3
+        assert measured["contestants"]["ours"]["times_us"]["calls"]["calls"] >= 3
+        assert measured["contestants"]["ours"]["times_us"]["calls"]["unit"] == "us"
         assert measured["contestants"]["sdpa"]["times_us"]["calls"]["median"] > 0
-    assert result["rows"][1]["contestants"]["authors"]["left_out"] == "not asked for: --authors-build"
+    flex = [r["contestants"]["flex"] for r in result["rows"]]
+    assert flex[0]["left_out"].endswith("is above 0.02: not timed")
+    assert [f["left_out"] for f in flex[1:]] == ["compiled for each shape, so in bfloat16 only"] * 2
+    assert result["rows"][2]["contestants"]["authors"]["left_out"] == "not asked for: --authors-build"
+    assert ("ours tf32x3" in result["rows"][2]["contestants"]) == benchmark.has_tf32x3()
+
+
+@pytest.mark.slow
+def test_flex_attention_takes_the_kernels_blocks(modules, emulated):
+    import torch
+
+    script, peers = modules("gpu_attention"), modules("gpu_peers")
+    device = script.Device(script.kernel_check.load(emulated), torch.device("cpu"), small=True)
+    shape = script.Shape("", 1, 96, 4, heads=1)
+    sets = script.input_sets(device.torch_device, shape, torch.bfloat16)
+    found = peers.flex(sets, shape.attributes, script.chosen(device, shape.attributes), seconds=300)
+    assert found.left_out == ""
+    assert len(found.calls) == len(sets)
+    stopped = peers.flex(sets, shape.attributes, script.chosen(device, shape.attributes), seconds=0.01)
+    assert stopped.left_out == "torch.compile took more than 0.01 s"
+
+
+def test_the_benchmark_begins_nothing_when_its_time_is_over(benchmark, emulated):
+    lines: list[str] = []
+    assert benchmark.main(["--device", "cpu", "--library", str(emulated), "--limit", "0"], lines.append) == 1
+    assert "SKIP base-512-4 B 2 N 96 float16: the time of --limit was over\n" in lines
+    assert lines[-1] == "0 rows, 0 wrong, 3 left out\n"
 
 
 def test_the_benchmark_times_nothing_that_is_wrong(benchmark, emulated, monkeypatch):
@@ -536,6 +607,32 @@ def test_the_benchmark_times_nothing_that_is_wrong(benchmark, emulated, monkeypa
     assert "ours left out (wrong, so not timed:" in "".join(lines)
 
 
+def test_launches_are_told_apart_by_their_place(modules):
+    measure, script, cost = modules("gpu_measure"), modules("gpu_attention"), modules("gpu_cost")
+    pool, select, attend = (
+        "void mra::PoolKernel<float>(mra::Problem)",
+        "mra::SelectKernel(mra::Problem)",
+        "mra::Attend<float, 64>(int)",
+    )
+    events = [(pool, 5.0), (select, 3.0), (attend, 9.0), (pool, 7.0), (select, 3.5), (attend, 10.0)]
+    found = measure.launches_of(events, 2)
+    assert [(each.name, each.us, each.count) for each in found] == [
+        ("PoolKernel<float>", 6.0, 2),
+        ("SelectKernel", 3.25, 2),
+        ("Attend<float, 64>", 9.5, 2),
+    ]
+    for wrong, text in ((events[:5], "5 kernels of 2 calls"), ([*events[:4], events[5], events[4]], "launch 2 of a call is")):
+        with pytest.raises(ValueError, match=text):
+            measure.launches_of(wrong, 2)
+    gpu = cost.GPUS["H200"]
+    expected = cost.launches(cost.Shape(8, 512, 64), "bfloat16", gpu)
+    rows = script.launch_rows(measure.Contestant("ours"), found, expected, gpu)
+    assert [(row["launch"], row["measured_us"]) for row in rows] == [("pool", 6.0), ("select", 3.25), ("attend", 9.5)]
+    assert rows[0]["expected_us"] == pytest.approx(18874368 / 4.3e6)
+    assert "expected_us" not in script.launch_rows(measure.Contestant("ours"), found[:2], expected, gpu)[0]
+    assert "expected_us" not in script.launch_rows(measure.Contestant("ours"), found, expected, None)[0]
+
+
 def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
     script = modules("gpu_attention")
     import torch
@@ -547,26 +644,32 @@ def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
     assert computing == pytest.approx(12.88e9 / 8e8, rel=1e-3)
 
 
+def test_the_shapes_are_those_of_the_goals(modules):
+    script, cost = modules("gpu_attention"), modules("gpu_cost")
+    assert sorted(shape.goal for shape in script.SHAPES if shape.goal) == sorted(goal.goal for goal in cost.GOALS)
+    assert {(shape.batch, shape.length) for shape in script.SHAPES} == {(b, n) for b in (8, 1) for n in (512, 1024, 4096, 16384)}
+    assert {(shape.batch, shape.num_blocks) for shape in script.SHAPES if shape.first} == {(8, 1024), (1, 1024)}
+
+
 def test_the_authors_attention_is_called_as_they_meant_it(modules):
     """With their three primitives in plain torch, as tests/model has them: the benchmark then finds that it agrees."""
     pytest.importorskip("transformers.models.mra.modeling_mra")
-    script, primitives = modules("gpu_attention"), modules("test_upstream")
+    script, peers, primitives = modules("gpu_attention"), modules("gpu_peers"), modules("test_upstream")
     import torch
 
-    script.HEADS, heads = 2, script.HEADS
-    try:
-        device = script.Device(None, torch.device("cpu"), small=True)
-        for shape in (script.Shape("base-512-4", 2, 256, 16), script.Shape("base-4096-8-d3", 1, 256, 48, 3, 1)):
-            found = script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "")
-            assert found.left_out == ""
-            assert "100.00% of tokens agree" in found.how
-        sets = script.input_sets(device, shape, torch.float32)
-        context = script.authors(shape, sets, primitives, "").calls[0]()
-        assert script.authors_agree(context, sets[0], script.Shape("base-512-4", 1, 256, 4)) < script.AUTHORS_ROWS
-        for shape, why in ((script.Shape("", 1, 64, 3), "multiple"), (script.Shape("", 1, 12320, 4), "above 12288")):
-            assert why in script.authors(shape, script.input_sets(device, shape, torch.float32), primitives, "").left_out
-    finally:
-        script.HEADS = heads
+    def problem(*numbers: int) -> tuple[Any, Any]:
+        shape = script.Shape("", *numbers, heads=2)
+        return script.input_sets(torch.device("cpu"), shape, torch.float32), shape.attributes
+
+    for numbers in ((2, 256, 16), (1, 256, 48, 3, 1)):
+        found = peers.authors(*problem(*numbers), primitives, "")
+        assert found.left_out == ""
+        assert "100.00% of tokens agree" in found.how
+    sets, attributes = problem(1, 256, 48, 3, 1)
+    context = peers.authors(sets, attributes, primitives, "").calls[0]()
+    assert peers.authors_agree(context, sets[0], problem(1, 256, 4)[1]) < peers.AUTHORS_ROWS
+    for numbers, why in (((1, 64, 3), "multiple"), ((1, 12320, 4), "above 12288")):
+        assert why in peers.authors(*problem(*numbers), primitives, "").left_out
 
 
 def test_authors_kernels_that_were_not_fetched_are_left_out(modules, monkeypatch):
@@ -574,3 +677,35 @@ def test_authors_kernels_that_were_not_fetched_are_left_out(modules, monkeypatch
     monkeypatch.setattr(script, "SOURCES", ROOT / ".downloads" / "not-there")
     with pytest.raises(script.LeftOutError, match=r"where there is a network, run python benchmarks/authors_kernels.py"):
         script.compile_kernels(ROOT / "build" / "never")
+
+
+def test_whole_models_are_checked_and_timed(modules, monkeypatch, tmp_path):
+    import torch
+
+    script = modules("gpu_model")
+    monkeypatch.setattr(script, "TOY_CASES", (script.Case("tiny", 40, (1, 2)),))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    path, lines = tmp_path / "rows.json", []
+    arguments = ["--device", "cpu", "--dtype", "float32", "--layers", "1", "--seconds", "0.01"]
+    assert script.main([*arguments, "--json", str(path)], lines.append) == 0, "".join(lines)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["batch"], r["peer"]) for r in rows] == [(batch, peer) for batch in (1, 2) for peer in script.PEERS]
+    timed = {r["peer"] for r in rows if r["times_us"]}
+    assert {"mra torch", "mra compiled", "dense torch", "dense compiled"} <= timed
+    assert "mra onnxruntime" in timed or "ort_ops" in next(r["left_out"] for r in rows if r["peer"] == "mra onnxruntime")
+    assert {r["left_out"] for r in rows if "graphs" in r["peer"]} == {"CUDA graphs need a GPU"}
+    for r in rows:
+        if r["times_us"]:
+            assert r["tokens_per_second"] == pytest.approx(r["batch"] * 40 / r["times_us"]["calls"]["median"] * 1e6)
+            assert r["vs_dense"] > 0
+
+    monkeypatch.setitem(script.PEERS, "mra torch", lambda setup: lambda ids, mask: script.mra_torch(setup)(ids, mask) + 1)
+    monkeypatch.setitem(script.PEERS, "dense torch", lambda setup: lambda ids, mask: 1 / 0)
+    lines.clear()
+    assert script.main([*arguments, "--peer", "mra torch", "--peer", "dense torch", "--json", str(path)], lines.append) == 1
+    reasons = [r["left_out"] for r in json.loads(path.read_text())["rows"]]
+    assert reasons[0].startswith("wrong, so not timed: needs a tolerance of")
+    assert reasons[1] == "ZeroDivisionError: division by zero"
+    lines.clear()
+    assert script.main([*arguments, "--limit", "-1"], lines.append) == 1
+    assert lines == ["SKIP tiny float32: the time of --limit was over\n", "0 rows, 0 wrong\n"]
