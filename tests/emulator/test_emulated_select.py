@@ -63,8 +63,8 @@ def run(arrays: tuple[np.ndarray, ...], attributes: Attributes, seed: int = 1) -
 def check_low(arrays: tuple[np.ndarray, ...], attributes: Attributes) -> Workspace:
     """The low-resolution sections are the float64 sums over what was not excluded.
 
-    Tolerance: logits are the contract's, bit for bit, so weights are off by some ulps of their exponents, which reach 80; tf32 rounds
-    each weight and each block sum by 2^-11 at most, and tensor cores truncate their sums.
+    Tolerance: logits are the contract's, bit for bit, so weights are off by some ulps of their exponents, which reach 80; tf32
+    rounds each weight and each block sum by 2^-11 at most, and tensor cores truncate their sums.
     """
     query, key, value, mask = arrays
     got = run(arrays, attributes)
@@ -183,7 +183,7 @@ def test_nan_stays_in_its_row_and_head_above_128_blocks(bad, dtype):
 @pytest.mark.parametrize("budget", [1, 100, 5000, 8193, 9000, 16899, 16900])
 @pytest.mark.parametrize("pattern", ["all equal", "repeating", "rising", "random"])
 def test_candidates_that_overflow(budget, pattern):
-    """130 x 130 pairs: more than fit on chip, so some are dropped on the way; above 8192 chosen ones the logits are read repeatedly.
+    """130 x 130 pairs: more than fit on chip, so some are dropped on the way; above 8192 chosen ones logits are read repeatedly.
 
     Rising: each row has better pairs than the one before, so that nothing can be dropped early.
     """
