@@ -105,7 +105,8 @@ __device__ __forceinline__ void LogitTile(const Problem& p, int64_t head, int ro
       const int count = p.head_size - depth;
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        if (d >= count) break;  // one more product of zeros would turn a sum of -0 into +0
+        // A product of zeros too many may turn a sum of -0 into +0, which no comparison and no exponential tells apart.
+        if (d % 4 == 0 && d >= count) break;
         multiply(d);
       }
     }
@@ -149,9 +150,11 @@ __global__ void __launch_bounds__(kLogitThreads, 2) LogitKernel(Problem p) {
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
       const int place = TilePlace<8>(LogitColumn(), c);
-      if (column + place < p.logit_stride) {
-        *reinterpret_cast<float4*>(out + place) = float4{logit[r][c], logit[r][c + 1], logit[r][c + 2], logit[r][c + 3]};
-      }
+      if (column + place >= p.logit_stride) continue;
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = column + place + e < p.blocks ? logit[r][c + e] : -INFINITY;  // never the largest
+      *reinterpret_cast<float4*>(out + place) = float4{x[0], x[1], x[2], x[3]};
     }
   }
 }
