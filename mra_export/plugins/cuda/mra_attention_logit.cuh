@@ -34,6 +34,18 @@ __device__ __forceinline__ void LoadTileVector(const float* from, int at, float 
   }
 }
 
+template <int kTile>
+__device__ __forceinline__ void StoreTileVector(float* to, int at, const float (&x)[kTile]) {
+  if constexpr (kTile == 2) {
+    *reinterpret_cast<float2*>(to + at * 2) = float2{x[0], x[1]};
+  } else {
+#pragma unroll
+    for (int n = 0; n < kTile; n += 4) {
+      *reinterpret_cast<float4*>(to + TilePlace<kTile>(at, n)) = float4{x[n], x[n + 1], x[n + 2], x[n + 3]};
+    }
+  }
+}
+
 // Place of this thread in the 16 x 16 that multiply: eight columns of four rows in a warp, so that its loads from shared memory
 // are of few and neighbouring addresses.
 __device__ __forceinline__ int LogitColumn() { return threadIdx.x / 32 % 2 * 8 + threadIdx.x % 8; }
@@ -105,8 +117,7 @@ __device__ __forceinline__ void LogitTile(const Problem& p, int64_t head, int ro
       const int count = p.head_size - depth;
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        // A product of zeros too many may turn a sum of -0 into +0, which no comparison and no exponential tells apart.
-        if (d % 4 == 0 && d >= count) break;
+        if (d >= count) break;  // exactly the head's dimensions
         multiply(d);
       }
     }

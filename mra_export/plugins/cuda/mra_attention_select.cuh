@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(SelectThreads(kTile), kTile == 2 ? 2 : 1) Sele
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {
         const int i = TilePlace<kTile>(LogitRow(), r);
+        StoreTileVector<kTile>(s.logit + i * kStride, LogitColumn(), logit[r]);
+        if (!p.keep_logits || i >= nb) continue;
 #pragma unroll
         for (int c = 0; c < kTile; ++c) {
           const int j = TilePlace<kTile>(LogitColumn(), c);
-          s.logit[i * kStride + j] = logit[r][c];
-          if (p.keep_logits && i < nb && j < nb) p.logit[(head * nb + i) * p.logit_stride + j] = logit[r][c];
+          if (j < nb) p.logit[(head * nb + i) * p.logit_stride + j] = logit[r][c];
         }
       }
     }
