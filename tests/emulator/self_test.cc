@@ -79,6 +79,23 @@ __global__ void WarpFunctions(Argument a) {
   a.out[threadIdx.x] = sum;
 }
 
+// Sum and unsigned maximum of a warp's numbers, some of them negative; the CTA's maximum and sum by atomics.
+__global__ void Reductions(Argument a) {
+  MRA_DYNAMIC_SHARED(memory);
+  unsigned* largest = reinterpret_cast<unsigned*>(memory);
+  int* total = reinterpret_cast<int*>(memory + 4);
+  if (threadIdx.x == 0) *largest = 5u, *total = 0;
+  __syncthreads();
+  const int x = a.in[threadIdx.x] % 32 - 16;
+  const int sum = __reduce_add_sync(0xffffffffu, x);
+  const unsigned maximum = __reduce_max_sync(0xffffffffu, static_cast<unsigned>(x));
+  atomicMax(largest, static_cast<unsigned>(a.in[threadIdx.x]));
+  atomicAdd(total, x);
+  __syncthreads();
+  const int results[] = {sum, static_cast<int>(maximum), static_cast<int>(*largest), *total, __clz(x)};
+  a.out[threadIdx.x] = results[threadIdx.x % 5];
+}
+
 // The last of two CTAs to arrive sums what both wrote: in[0] counts arrivals, out[block] is written by the CTA's last thread. The
 // barrier is what makes thread 0 arrive after that.
 template <bool kBarrier>
@@ -228,6 +245,7 @@ constexpr Named kKernels[] = {{"Reverse", Reverse},
                               {"ReadPastInput", ReadPastInput},
                               {"ReadUninitialisedShared", ReadUninitialisedShared},
                               {"WarpFunctions", WarpFunctions},
+                              {"Reductions", Reductions},
                               {"LoadMatrix", LoadMatrix<false>},
                               {"LoadMatrixTransposed", LoadMatrix<true>},
                               {"LoadMatrixWithoutALane", LoadMatrixWithoutALane},

@@ -26,14 +26,14 @@ FLAGS = (
 )
 
 # An SM has 65536 registers: enough for 2 CTAs of the 256 threads of logits and low resolution (1 at 128 dimensions of float32), for
-# 1 of the 512 or 1024 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 on tensor cores.
+# 1 of the 512 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 on tensor cores.
 MOST_REGISTERS = {
     "Pool": 96,
     "Logit": 128,
     "Select 2": 128,
     "Select 4": 128,
     "Select 8": 128,
-    "SelectMany": 64,
+    "SelectMany": 128,
     "Low 64": 128,
     "Low 128": 168,
     "AttendMma 32": 104,

@@ -81,6 +81,19 @@ def test_warp_functions(seed):
         np.testing.assert_array_equal(out[32 * warp : 32 * warp + 32], want)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_reductions(seed):
+    emulated.library().mra_emulation_seed(seed)
+    error, out, _ = run("Reductions")
+    assert error == 0
+    x = np.arange(THREADS) % 32 - 16
+    # The unsigned maximum is that of the negative numbers: -1.
+    want = [np.full(THREADS, x[:32].sum()), np.full(THREADS, -1), np.full(THREADS, THREADS - 1), np.full(THREADS, x.sum())]
+    want.append(np.array([0 if n < 0 else 32 - int(n).bit_length() for n in x]))
+    for n in range(THREADS):
+        assert out[n] == want[n % 5][n]
+
+
 @pytest.mark.parametrize(
     ("kernel", "report"),
     [

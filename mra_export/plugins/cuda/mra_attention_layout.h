@@ -48,7 +48,7 @@ struct Layout {
   Section query_mean;  // (BH, nb, D) float
   Section key_mean;    // (BH, nb, D) float
   Section value_sum;   // (BH, nb, D) float
-  Section logit;       // (BH, nb, logit_stride) float: l_ij
+  Section logit;       // (BH, nb, logit_stride) float: l_ij; above kFusedSelectBlocks -inf from column nb on
   Section row_key;     // (BH, nb) uint32: r_i as an integer of the same order, 0 where there is none
   Section row_start;   // (BH, nb + 1) int32: where block row i begins in `column`
   Section column;      // (BH, K) uint16: key blocks of the chosen pairs, in flat order

@@ -34,6 +34,18 @@ __device__ __forceinline__ void LoadTileVector(const float* from, int at, float 
   }
 }
 
+template <int kTile>
+__device__ __forceinline__ void StoreTileVector(float* to, int at, const float (&x)[kTile]) {
+  if constexpr (kTile == 2) {
+    *reinterpret_cast<float2*>(to + at * 2) = float2{x[0], x[1]};
+  } else {
+#pragma unroll
+    for (int n = 0; n < kTile; n += 4) {
+      *reinterpret_cast<float4*>(to + TilePlace<kTile>(at, n)) = float4{x[n], x[n + 1], x[n + 2], x[n + 3]};
+    }
+  }
+}
+
 // Place of this thread in the 16 x 16 that multiply: eight columns of four rows in a warp, so that its loads from shared memory
 // are of few and neighbouring addresses.
 __device__ __forceinline__ int LogitColumn() { return threadIdx.x / 32 % 2 * 8 + threadIdx.x % 8; }
@@ -105,7 +117,7 @@ __device__ __forceinline__ void LogitTile(const Problem& p, int64_t head, int ro
       const int count = p.head_size - depth;
 #pragma unroll
       for (int d = 0; d < kDepth; ++d) {
-        if (d >= count) break;  // one more product of zeros would turn a sum of -0 into +0
+        if (d >= count) break;  // exactly the head's dimensions
         multiply(d);
       }
     }
@@ -149,9 +161,11 @@ __global__ void __launch_bounds__(kLogitThreads, 2) LogitKernel(Problem p) {
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
       const int place = TilePlace<8>(LogitColumn(), c);
-      if (column + place < p.logit_stride) {
-        *reinterpret_cast<float4*>(out + place) = float4{logit[r][c], logit[r][c + 1], logit[r][c + 2], logit[r][c + 3]};
-      }
+      if (column + place >= p.logit_stride) continue;
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = column + place + e < p.blocks ? logit[r][c + e] : -INFINITY;  // never the largest
+      *reinterpret_cast<float4*>(out + place) = float4{x[0], x[1], x[2], x[3]};
     }
   }
 }

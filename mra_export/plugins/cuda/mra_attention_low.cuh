@@ -19,19 +19,23 @@ constexpr int kLowColumns = 32;                    // key blocks at a time
 constexpr int kLowWeightStride = kLowColumns + 4;  // a multiple of 4, not of 8: fragments meet in no bank
 __host__ __device__ constexpr int LowValueStride(int dims) { return dims + 8; }  // likewise
 
-__device__ __forceinline__ bool IsFinite(float x) { return fabsf(x) < INFINITY; }  // also "not NaN"
-
-// x as the product takes it, and as a float of the same value.
+// A block sum as the product takes it: for tensor cores, which ignore a float's low 13 bits, rounded to nearest there. Only for one
+// that IsOperand, which leaves out infinities, NaN, and what rounding would make infinite.
+template <bool kTensor>
+__device__ __forceinline__ bool IsOperand(float x) {
+  return fabsf(x) <= (kTensor ? 0x1.ffdffep127f : 0x1.fffffep127f);
+}
 template <bool kTensor>
 __device__ __forceinline__ float Operand(float x) {
-  return kTensor ? __uint_as_float(RoundToTf32(x) & 0xffffe000u) : x;
+  return kTensor ? __uint_as_float(__float_as_uint(x) + 0x1000u) : x;
 }
 
-// exp(logit - largest), 0 where largest is -infinity, as an operand.
+// exp(logit - largest), 0 where largest is -infinity, as the product takes it: for tensor cores cut off where they ignore the rest.
 template <bool kTensor>
 __device__ __forceinline__ float LowWeight(float logit, float largest) {
   if (!kTensor) return Weight(logit, largest);
-  return Operand<true>(Exp2((logit - (largest == -INFINITY ? 0.0f : largest)) * kLog2E));
+  const float exponent = __fmaf_rn(logit, kLog2E, largest == -INFINITY ? 0.0f : -kLog2E * largest);
+  return __uint_as_float(__float_as_uint(Exp2(exponent)) & 0xffffe000u);
 }
 
 // Which of the columns in shared memory have a sum that is not finite. Nothing is ever cleared: a mark counts in its own turn only.
@@ -49,11 +53,12 @@ struct ValueChunk {
   float4 x[kLoads];
 
   __device__ __forceinline__ void Load(const Problem& p, int64_t head, int first_column, int first_dim) {
+    const float* head_sum = p.value_sum + head * p.blocks * p.head_size;
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) {
       const int index = n * kThreads + threadIdx.x;
       const int j = first_column + index / (kDims / 4), d = first_dim + index % (kDims / 4) * 4;
-      x[n] = LoadFour(p.value_sum + (head * p.blocks + j) * p.head_size, d, j < p.blocks ? p.head_size : 0);
+      x[n] = LoadFour(head_sum + j * p.head_size, d, j < p.blocks ? p.head_size : 0);
     }
   }
   __device__ __forceinline__ void Store(float* values, InfiniteColumns<kColumns>* infinite, int turn) const {
@@ -61,14 +66,21 @@ struct ValueChunk {
     for (int n = 0; n < kLoads; ++n) {
       const int index = n * kThreads + threadIdx.x;
       const int column = index / (kDims / 4);
-      float4 y = {Operand<kTensor>(x[n].x), Operand<kTensor>(x[n].y), Operand<kTensor>(x[n].z), Operand<kTensor>(x[n].w)};
-      const bool finite[4] = {IsFinite(y.x), IsFinite(y.y), IsFinite(y.z), IsFinite(y.w)};
-      if (!(finite[0] && finite[1] && finite[2] && finite[3])) {
-        y = {finite[0] ? y.x : 0.0f, finite[1] ? y.y : 0.0f, finite[2] ? y.z : 0.0f, finite[3] ? y.w : 0.0f};
+      const float from[4] = {x[n].x, x[n].y, x[n].z, x[n].w};
+      float y[4];
+      bool all = true;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool is_operand = IsOperand<kTensor>(from[e]);
+        y[e] = is_operand ? Operand<kTensor>(from[e]) : 0.0f;
+        all = all && is_operand;
+      }
+      if (!all) {
         infinite->column[column] = turn;
         infinite->any = turn;
       }
-      *reinterpret_cast<float4*>(values + column * LowValueStride(kDims) + index % (kDims / 4) * 4) = y;
+      *reinterpret_cast<float4*>(values + column * LowValueStride(kDims) + index % (kDims / 4) * 4) =
+          float4{y[0], y[1], y[2], y[3]};
     }
   }
 };
@@ -161,7 +173,7 @@ struct LowSums {
           const float w = weights[Row(n, e) * weight_stride + c];
           if (w == 0.0f || first_dim + Dim(n, e) >= p.head_size) continue;
           const float x = value[Dim(n, e)];
-          if (!IsFinite(Operand<kTensor>(x))) sum[n][e] += w * x;
+          if (!IsOperand<kTensor>(x)) sum[n][e] += w * x;
         }
       }
     }
@@ -200,7 +212,8 @@ struct LowShared {
   float weights[kLowTileRows * kLowWeightStride];
   float values[kLowColumns * LowValueStride(128)];
   InfiniteColumns<kLowColumns> infinite;
-  float tokens[kMaxBlocks];  // real tokens of each block; as many as there are blocks, up to a multiple of 32
+  uint32_t live[kMaxBlocks / 32];
+  alignas(16) float tokens[kMaxBlocks];  // real tokens of each block; as many as there are blocks, up to a multiple of 32
 };
 inline size_t LowSharedBytes(int words) { return sizeof(LowShared) - sizeof(float) * (kMaxBlocks - 32 * words); }
 
@@ -219,7 +232,10 @@ __global__ void __launch_bounds__(kLowThreads, kTensor ? 2 : 1) LowKernel(Proble
 
   const uint32_t* real = p.real + head / p.heads * p.blocks;
   for (int j = threadIdx.x; j < 32 * p.words; j += kLowThreads) {
-    s.tokens[j] = j < p.blocks ? static_cast<float>(__popc(real[j])) : 0.0f;
+    const uint32_t tokens = j < p.blocks ? real[j] : 0u;
+    s.tokens[j] = static_cast<float>(__popc(tokens));
+    const uint32_t live = __ballot_sync(kWarp, tokens != 0u);
+    if (threadIdx.x % 32 == 0) s.live[j / 32] = live;
   }
   for (int n = threadIdx.x; n < kLowColumns + 1; n += kLowThreads) (n < kLowColumns ? s.infinite.column[n] : s.infinite.any) = 0;
 
@@ -250,18 +266,16 @@ __global__ void __launch_bounds__(kLowThreads, kTensor ? 2 : 1) LowKernel(Proble
 #pragma unroll 1
   for (int word = 0; word < p.words; ++word) {
     next_values.Store(s.values, &s.infinite, word + 1);
+    const uint32_t used = (s.live[word] & ~next_excluded) >> own_column;
 #pragma unroll
-    for (int n = 0; n < kEach / 4; ++n) {
-      const float x[4] = {next[n].x, next[n].y, next[n].z, next[n].w};
+    for (int n = 0; n < kEach; n += 4) {
+      const float x[4] = {next[n / 4].x, next[n / 4].y, next[n / 4].z, next[n / 4].w};
+      const float4 tokens = *reinterpret_cast<const float4*>(s.tokens + 32 * word + own_column + n);
       float w[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = own_column + 4 * n + e;
-        const float tokens = s.tokens[32 * word + column];
-        w[e] = tokens != 0.0f && !(next_excluded >> column & 1u) ? LowWeight<kTensor>(x[e], largest) : 0.0f;
-        total += w[e] * tokens;
-      }
-      *reinterpret_cast<float4*>(s.weights + own_row * kLowWeightStride + own_column + 4 * n) = float4{w[0], w[1], w[2], w[3]};
+      for (int e = 0; e < 4; ++e) w[e] = used >> (n + e) & 1u ? LowWeight<kTensor>(x[e], largest) : 0.0f;
+      total += w[0] * tokens.x + w[1] * tokens.y + w[2] * tokens.z + w[3] * tokens.w;
+      *reinterpret_cast<float4*>(s.weights + own_row * kLowWeightStride + own_column + n) = float4{w[0], w[1], w[2], w[3]};
     }
     __syncthreads();
     if (word + 1 < p.words) load(word + 1);

@@ -152,10 +152,10 @@ constexpr int kDigits = 2048;                     // 11 bits, 11 bits, 10 bits
 constexpr int kHistogramInts = 2 * kDigits + 32;  // of shared memory, for RadixSelect
 
 // The `remaining`-th largest key of those that for_each(visit) calls visit(key) with, kNever left out; there must be as many. By
-// the whole CTA, for_each by every thread with its own share. exact: key is one of them; else it may end as soon as it has told
+// the whole CTA, for_each by every thread with its own share. kExact: key is one of them; else it may end as soon as it has told
 // chosen keys from others. `histogram` may be in use until a barrier: it begins with one and ends without.
-template <int kThreads, typename ForEachKey>
-__device__ __forceinline__ Threshold RadixSelect(const ForEachKey& for_each, int32_t* histogram, int remaining, bool exact) {
+template <int kThreads, bool kExact, typename ForEachKey>
+__device__ __forceinline__ Threshold RadixSelect(const ForEachKey& for_each, int32_t* histogram, int remaining) {
   constexpr int kWarps = kThreads / 32;
   constexpr int kOwn = kDigits / kThreads;  // digits that a thread sums
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -202,7 +202,7 @@ __device__ __forceinline__ Threshold RadixSelect(const ForEachKey& for_each, int
     while (counts[digit] < remaining) remaining -= counts[digit--];
 
     known |= static_cast<uint32_t>(digit) << shift;
-    if (!exact && counts[digit] == remaining) return {known != kNever ? known : kNever + 1u, kAllTies};
+    if (!kExact && counts[digit] == remaining) return {known != kNever ? known : kNever + 1u, kAllTies};
   }
   return {known, remaining};
 }

@@ -99,11 +99,12 @@ __global__ void __launch_bounds__(SelectThreads(kTile), kTile == 2 ? 2 : 1) Sele
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {
         const int i = TilePlace<kTile>(LogitRow(), r);
+        StoreTileVector<kTile>(s.logit + i * kStride, LogitColumn(), logit[r]);
+        if (!p.keep_logits || i >= nb) continue;
 #pragma unroll
         for (int c = 0; c < kTile; ++c) {
           const int j = TilePlace<kTile>(LogitColumn(), c);
-          s.logit[i * kStride + j] = logit[r][c];
-          if (p.keep_logits && i < nb && j < nb) p.logit[(head * nb + i) * p.logit_stride + j] = logit[r][c];
+          if (j < nb) p.logit[(head * nb + i) * p.logit_stride + j] = logit[r][c];
         }
       }
     }
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(SelectThreads(kTile), kTile == 2 ? 2 : 1) Sele
         for (int w = 0; w < kWords; ++w) visit(key[r][w] == kAlways ? kNever : key[r][w]);
       }
     };
-    threshold = RadixSelect<kThreads>(for_each, reinterpret_cast<int32_t*>(s.stage), by_class.remaining, false);
+    threshold = RadixSelect<kThreads, false>(for_each, reinterpret_cast<int32_t*>(s.stage), by_class.remaining);
   }
 
   // Lane w keeps the row's words w: pairs at the threshold or above, and at it.
@@ -221,11 +222,11 @@ __global__ void __launch_bounds__(SelectThreads(kTile), kTile == 2 ? 2 : 1) Sele
 // -----------------------------------------------------------------------------------------------------------------------------------
 // More blocks.
 
-constexpr int kManyThreads = 1024;
+constexpr int kManyThreads = 512;
 constexpr int kManyWarps = kManyThreads / 32;
-constexpr int kUnitWords = 8;  // words of a row that a warp loads at a time: a unit
+constexpr int kUnitWords = 16;  // words of a row that a warp loads at a time: a unit
 constexpr int kUnitPairs = 32 * kUnitWords;
-constexpr int kCandidates = 16 * kManyThreads;        // keys that fit on chip
+constexpr int kCandidates = 32 * kManyThreads;        // keys that fit on chip
 constexpr int kGroupPairs = kManyWarps * kUnitPairs;  // pairs that a CTA sees between two looks at how many there are
 
 struct ManyShared {
@@ -242,53 +243,57 @@ struct ManyShared {
 static_assert(sizeof(ManyShared) <= 99 * 1024 && kMaxBlocks <= kCandidates, "what every architecture has");
 inline size_t ManySharedBytes(int blocks) { return sizeof(ManyShared) - sizeof(ManyShared::Row) * (kMaxBlocks - blocks); }
 
-// kUnitWords words of one row's logits, a warp's at a time, and their keys.
+// kUnitWords words of one row's scores, a warp's at a time: lane n has the logits of columns n + 32 w.
 struct Unit {
-  const Problem& p;
-  const float* head_logit;
-  const uint32_t* live;
-  const ClassThreshold& by_class;
-  int row, first_word;
+  int row, word;
   float logit[kUnitWords];
 
-  __device__ __forceinline__ void Load(int i, int word) {
-    row = i, first_word = word;
-    const float* from = head_logit + int64_t{i} * p.logit_stride + 32 * word + threadIdx.x % 32;
+  __device__ __forceinline__ void Load(const Problem& p, const float* head_logit, int of_row, int first_word) {
+    row = of_row, word = first_word;
+    const float* from = head_logit + int64_t{row} * p.logit_stride + 32 * word + threadIdx.x % 32;
+    if (word + kUnitWords <= p.words) {
 #pragma unroll
-    for (int n = 0; n < kUnitWords; ++n) logit[n] = word + n < p.words ? __ldcg(from + 32 * n) : 0.0f;
-  }
-  template <typename Visit>  // visit(n, key) for word n of the unit
-  __device__ __forceinline__ void ForEachKey(float largest, const Visit& visit) const {
-    const int lane = threadIdx.x % 32;
-    uint32_t lane_equal = 0u, lane_above = 0u;  // of the word that this lane stands for
-    if (!by_class.plain && lane < kUnitWords && first_word + lane < p.words) {
-      const ClassBits bits(p, live, row, first_word + lane);
-      lane_equal = bits.Equal(by_class.of), lane_above = bits.Above(by_class.of);
+      for (int n = 0; n < kUnitWords; ++n) logit[n] = __ldcg(from + 32 * n);
+      return;
     }
+    const int left = p.words - word;
+#pragma unroll
+    for (int n = 0; n < kUnitWords; ++n) logit[n] = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kUnitWords; ++n) {
-      uint32_t key = ScoreKey(logit[n], largest);
-      if (by_class.plain) {
-        if (32 * (first_word + n) + lane >= p.blocks) key = kNever;
-      } else {
-        const uint32_t equal = __shfl_sync(kWarp, lane_equal, n), above = __shfl_sync(kWarp, lane_above, n);
-        if (!(equal >> lane & 1u)) key = above >> lane & 1u ? kAlways : kNever;
-      }
-      visit(n, key);
+      if (n >= left) break;
+      logit[n] = __ldcg(from + 32 * n);
     }
   }
 };
 
-// Appends the key of each lane that has one to keep.
-__device__ __forceinline__ void Append(ManyShared& s, bool keeps, uint32_t key) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t keepers = __ballot_sync(kWarp, keeps);
-  if (keepers == 0u) return;
-  int at = 0;
-  if (lane == 0) at = atomicAdd(&s.candidates, __popc(keepers));
-  at = __shfl_sync(kWarp, at, 0) + __popc(keepers & ((1u << lane) - 1u));
-  if (keeps) s.candidate[at] = key;
-}
+// Columns of a unit by class, lane n having those of its word n: pairs that scores decide about, and pairs of higher classes.
+struct UnitClasses {
+  uint32_t equal, above;
+
+  __device__ __forceinline__ UnitClasses(const Problem& p, const uint32_t* live, const ClassThreshold& by_class, int row,
+                                         int word) {
+    const int lane = threadIdx.x % 32, own = word + lane;
+    equal = above = 0u;
+    if (lane >= kUnitWords || own >= p.words) return;
+    if (by_class.plain) {
+      const int left = p.blocks - 32 * own;
+      equal = left >= 32 ? kWarp : (1u << left) - 1u;
+    } else {
+      const ClassBits bits(p, live, row, own);
+      equal = bits.Equal(by_class.of), above = bits.Above(by_class.of);
+    }
+  }
+};
+
+// A threshold as a score. NaN, which is below every other one, is reached by all of those.
+struct ScoreThreshold {
+  float score;
+  bool is_nan;
+
+  __device__ __forceinline__ explicit ScoreThreshold(uint32_t key)
+      : score(key == kNotANumber ? -INFINITY : MaximumOf(key)), is_nan(key == kNotANumber) {}
+};
 
 // The threshold among the candidates.
 __device__ __forceinline__ Threshold SelectCandidate(ManyShared& s, int remaining) {
@@ -296,11 +301,12 @@ __device__ __forceinline__ Threshold SelectCandidate(ManyShared& s, int remainin
   const auto for_each = [&](const auto& visit) {
     for (int n = threadIdx.x; n < count; n += kManyThreads) visit(s.candidate[n]);
   };
-  return RadixSelect<kManyThreads>(for_each, s.histogram, remaining, true);
+  return RadixSelect<kManyThreads, true>(for_each, s.histogram, remaining);
 }
 
-// Leaves `remaining` candidates, the largest: of those that equal the last one as many as are needed.
+// Leaves `remaining` candidates, the largest: of those that equal the last one, whose key is returned, as many as are needed.
 __device__ __forceinline__ uint32_t DropCandidates(ManyShared& s, int remaining) {
+  const int lane = threadIdx.x % 32;
   const Threshold threshold = SelectCandidate(s, remaining);
   constexpr int kEach = kCandidates / kManyThreads;
   uint32_t own[kEach];
@@ -313,18 +319,173 @@ __device__ __forceinline__ uint32_t DropCandidates(ManyShared& s, int remaining)
   __syncthreads();
   if (threadIdx.x == 0) s.candidates = 0;
   __syncthreads();
+  int kept = 0;
 #pragma unroll
-  for (int n = 0; n < kEach; ++n) Append(s, own[n] > threshold.key, own[n]);
+  for (int n = 0; n < kEach; ++n) kept += own[n] > threshold.key;
+  const int end = WarpScan(kept, lane);
+  int at = lane == 31 ? atomicAdd(&s.candidates, end) : 0;
+  at = __shfl_sync(kWarp, at, 31) + end - kept;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    if (own[n] > threshold.key) s.candidate[at++] = own[n];
+  }
   __syncthreads();
-  for (int at = s.candidates + threadIdx.x; at < remaining; at += kManyThreads) s.candidate[at] = threshold.key;
+  for (int n = s.candidates + threadIdx.x; n < remaining; n += kManyThreads) s.candidate[n] = threshold.key;
   __syncthreads();
   if (threadIdx.x == 0) s.candidates = remaining;
   __syncthreads();
   return threshold.key;
 }
 
-// One CTA per head. Reads the logits twice: once for the threshold, keeping only keys that can still be chosen, and once for what
-// is above it. Where so many are to be chosen that they do not fit on chip, up to three times for the threshold.
+// The threshold, in one reading of the logits: keys that can still be chosen are kept on chip, and the lowest of them dropped
+// before there are too many.
+__device__ __forceinline__ Threshold FindThreshold(const Problem& p, ManyShared& s, const ClassThreshold& by_class,
+                                                   const float* head_logit) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t lower_lanes = (1u << lane) - 1u;
+  const int row_units = (p.words + kUnitWords - 1) / kUnitWords;
+  const int units = p.blocks * row_units;
+  bool bounded = false;  // whether as many keys as are to be chosen are at least `bound`
+  float bound = -INFINITY;
+  Unit unit = {};
+  if (warp < units) unit.Load(p, head_logit, warp / row_units, warp % row_units * kUnitWords);
+#pragma unroll 1
+  for (int first = 0; first < units; first += kManyWarps) {
+    if (first + warp < units) {
+      const UnitClasses classes(p, s.live, by_class, unit.row, unit.word);
+      const float row_max = s.rows[unit.row].largest;
+      uint32_t keep[kUnitWords];
+      int kept = 0;
+#pragma unroll
+      for (int n = 0; n < kUnitWords; ++n) {
+        unit.logit[n] = __fsub_rn(unit.logit[n], row_max);
+        keep[n] = __ballot_sync(kWarp, unit.logit[n] > bound || !bounded) & __shfl_sync(kWarp, classes.equal, n);
+        kept += __popc(keep[n]);
+      }
+      if (kept > 0) {
+        int at = lane == 0 ? atomicAdd(&s.candidates, kept) : 0;
+        at = __shfl_sync(kWarp, at, 0);
+#pragma unroll
+        for (int n = 0; n < kUnitWords; ++n) {
+          if (keep[n] == 0u) continue;
+          if (keep[n] >> lane & 1u) s.candidate[at + __popc(keep[n] & lower_lanes)] = OrderKey(unit.logit[n], kNotANumber);
+          at += __popc(keep[n]);
+        }
+      }
+    }
+    const int next = first + kManyWarps + warp;
+    if (next < units) unit.Load(p, head_logit, next / row_units, next % row_units * kUnitWords);
+    __syncthreads();
+    const int count = s.candidates;
+    __syncthreads();
+    if (count > kCandidates - kGroupPairs) {
+      const uint32_t last = DropCandidates(s, by_class.remaining);
+      bounded = last != kNotANumber;
+      bound = MaximumOf(last);
+    }
+  }
+  return SelectCandidate(s, by_class.remaining);
+}
+
+// The same where more are to be chosen than fit on chip: three readings.
+__device__ __forceinline__ Threshold FindThresholdSlowly(const Problem& p, ManyShared& s, const ClassThreshold& by_class,
+                                                         const float* head_logit) {
+  const auto for_each = [&](const auto& visit) {
+    for (int i = threadIdx.x / 32; i < p.blocks; i += kManyWarps) {
+      const float row_max = s.rows[i].largest;
+      for (int word = 0; word < p.words; word += kUnitWords) {
+        Unit unit;
+        unit.Load(p, head_logit, i, word);
+        const UnitClasses classes(p, s.live, by_class, i, word);
+#pragma unroll
+        for (int n = 0; n < kUnitWords; ++n) {
+          const uint32_t equal = __shfl_sync(kWarp, classes.equal, n);
+          visit(equal >> threadIdx.x % 32 & 1u ? ScoreKey(unit.logit[n], row_max) : kNever);
+        }
+      }
+    }
+  };
+  return RadixSelect<kManyThreads, true>(for_each, s.histogram, by_class.remaining);
+}
+
+// Each row's words of pairs at or above the threshold, how many there are, and the largest logit that is left to low resolution. A
+// row's maximum in s.rows is no longer needed after that.
+__device__ __forceinline__ void FindRows(const Problem& p, int64_t head, ManyShared& s, const ClassThreshold& by_class,
+                                         const float* head_logit, const ScoreThreshold& threshold) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t* head_excluded = p.excluded + head * p.blocks * p.words;
+  Unit next = {};
+  if (warp < p.blocks) next.Load(p, head_logit, warp, 0);
+  for (int i = warp; i < p.blocks; i += kManyWarps) {
+    const float row_max = s.rows[i].largest;
+    int found_count = 0, equal_count = 0;
+    float largest = -INFINITY;  // fmaxf: NaN never becomes the maximum
+#pragma unroll 1
+    for (int word = 0; word < p.words; word += kUnitWords) {
+      const Unit unit = next;
+      if (word + kUnitWords < p.words) {
+        next.Load(p, head_logit, i, word + kUnitWords);
+      } else if (i + kManyWarps < p.blocks) {
+        next.Load(p, head_logit, i + kManyWarps, 0);
+      }
+      const UnitClasses classes(p, s.live, by_class, i, word);
+      uint32_t reached = 0u, equal = 0u;  // lane n: word n
+      float unit_largest = -INFINITY;     // of those below the threshold
+#pragma unroll
+      for (int n = 0; n < kUnitWords; ++n) {
+        const float score = __fsub_rn(unit.logit[n], row_max);
+        const bool is_reached = score >= threshold.score;
+        const uint32_t reached_word = __ballot_sync(kWarp, is_reached);
+        const uint32_t equal_word = __ballot_sync(kWarp, score == threshold.score);
+        if (lane == n) reached = reached_word, equal = equal_word;
+        if (!is_reached) unit_largest = fmaxf(unit_largest, unit.logit[n]);
+      }
+      equal = (threshold.is_nan ? ~reached : equal) & classes.equal;
+      const uint32_t found = (reached & classes.equal) | equal | classes.above;
+      found_count += __popc(found), equal_count += __popc(equal);
+      const bool has_word = lane < kUnitWords && word + lane < p.words;
+      if (has_word) head_excluded[i * p.words + word + lane] = found;
+      if (by_class.plain) {
+        largest = fmaxf(largest, unit_largest);
+      } else if (p.full) {
+        const uint32_t used = has_word ? s.live[word + lane] & ~found : 0u;
+#pragma unroll
+        for (int n = 0; n < kUnitWords; ++n) {
+          if (__shfl_sync(kWarp, used, n) >> lane & 1u) largest = fmaxf(largest, unit.logit[n]);
+        }
+      }
+    }
+    found_count = __reduce_add_sync(kWarp, found_count), equal_count = __reduce_add_sync(kWarp, equal_count);
+    if (lane == 0) s.rows[i].count = RowCount::Found(found_count, equal_count);
+    if (!p.full) continue;
+    largest = WarpMaximum(largest);
+    if (lane == 0) p.low_largest[head * p.blocks + i] = largest;
+  }
+}
+
+// Lane n's word `word` + n of row i: the first `ties` of its pairs that equal the threshold.
+__device__ __forceinline__ uint32_t FirstTies(const Problem& p, ManyShared& s, const ClassThreshold& by_class,
+                                              const float* head_logit, const ScoreThreshold& threshold, int i, float row_max,
+                                              int word, int ties, uint32_t* all) {
+  const int lane = threadIdx.x % 32;
+  uint32_t equal = 0u;
+  for (int part = 0; part < 32 && word + part < p.words; part += kUnitWords) {
+    Unit unit;
+    unit.Load(p, head_logit, i, word + part);
+    const UnitClasses classes(p, s.live, by_class, i, word + part);
+#pragma unroll
+    for (int n = 0; n < kUnitWords; ++n) {
+      const float score = __fsub_rn(unit.logit[n], row_max);
+      const uint32_t equal_word = __ballot_sync(kWarp, threshold.is_nan ? !(score == score) : score == threshold.score);
+      const uint32_t of_class = __shfl_sync(kWarp, classes.equal, n);
+      if (lane == part + n) equal = equal_word & of_class;
+    }
+  }
+  *all = equal;
+  return FirstSet(equal, ties, lane);
+}
+
+// One CTA per head. Reads the logits twice: once for the threshold and once for what is above it.
 __global__ void __launch_bounds__(kManyThreads, 1) SelectManyKernel(Problem p) {
   MRA_DYNAMIC_SHARED(memory);
   ManyShared& s = *reinterpret_cast<ManyShared*>(memory);
@@ -332,90 +493,38 @@ __global__ void __launch_bounds__(kManyThreads, 1) SelectManyKernel(Problem p) {
   const int nb = p.blocks;
   const int64_t head = blockIdx.x;
   const uint32_t* real = p.real + head / p.heads * nb;
+  const auto row_maximum = [&](int i) {
+    return p.padding_invariant && real[i] == 0u ? 0.0f : MaximumOf(p.row_key[head * nb + i]);  // 0: no live pair
+  };
 
   for (int word = warp; word < p.words; word += kManyWarps) {
     const int j = word * 32 + lane;
     const uint32_t live = __ballot_sync(kWarp, j < nb && real[j] != 0u);
     if (lane == 0) s.live[word] = live;
   }
-  for (int i = threadIdx.x; i < nb; i += kManyThreads) {
-    const bool no_pair = p.padding_invariant && real[i] == 0u;
-    s.rows[i].largest = no_pair ? 0.0f : MaximumOf(p.row_key[head * nb + i]);
-  }
+  for (int i = threadIdx.x; i < nb; i += kManyThreads) s.rows[i].largest = row_maximum(i);
   if (threadIdx.x < kClasses) s.class_count[threadIdx.x] = 0;
   if (threadIdx.x == 0) s.candidates = 0;
   __syncthreads();
 
   const ClassThreshold by_class = FindClass<kManyThreads>(p, s.live, s.class_count);
-  Unit unit{p, p.logit + head * nb * p.logit_stride, s.live, by_class, 0, 0, {}};
-  const int row_units = (p.words + kUnitWords - 1) / kUnitWords;
-  const int units = nb * row_units;
-  const auto load = [&](int n) {
-    if (n < units) unit.Load(n / row_units, n % row_units * kUnitWords);
-  };
-
-  Threshold threshold = {kAlways - 1u, 0};  // only higher classes
+  const float* head_logit = p.logit + head * nb * p.logit_stride;
+  Threshold threshold = {kAlways, 0};  // only higher classes
   if (by_class.remaining > kCandidates - kGroupPairs) {
-    const auto for_each = [&](const auto& visit) {
-      for (int n = warp; n < units; n += kManyWarps) {
-        load(n);
-        unit.ForEachKey(s.rows[unit.row].largest, [&](int, uint32_t key) { visit(key == kAlways ? kNever : key); });
-      }
-    };
-    threshold = RadixSelect<kManyThreads>(for_each, s.histogram, by_class.remaining, false);
+    threshold = FindThresholdSlowly(p, s, by_class, head_logit);
   } else if (by_class.remaining > 0) {
-    uint32_t bound = kNever;  // as many keys as are to be chosen are at least this
-    load(warp);
-#pragma unroll 1
-    for (int first = 0; first < units; first += kManyWarps) {
-      if (first + warp < units) {
-        unit.ForEachKey(s.rows[unit.row].largest, [&](int, uint32_t key) { Append(s, key > bound && key != kAlways, key); });
-      }
-      load(first + kManyWarps + warp);
-      __syncthreads();
-      const int count = s.candidates;
-      __syncthreads();
-      if (count > kCandidates - kGroupPairs) bound = DropCandidates(s, by_class.remaining);
-    }
-    threshold = SelectCandidate(s, by_class.remaining);
+    threshold = FindThreshold(p, s, by_class, head_logit);
   }
-
-  // A row's words, counts, and the largest logit that is left to low resolution. The row is a warp's own, its maximum no longer
-  // needed.
-  uint32_t* head_excluded = p.excluded + head * nb * p.words;
-  for (int i = warp; i < nb; i += kManyWarps) {
-    const float row_max = s.rows[i].largest;
-    int found = 0, equal = 0;
-    float largest = -INFINITY;
-    for (int word = 0; word < p.words; word += kUnitWords) {
-      unit.Load(i, word);
-      uint32_t own = 0u;
-      unit.ForEachKey(row_max, [&](int n, uint32_t key) {
-        const bool is_found = key >= threshold.key && key != kNever;
-        const uint32_t found_word = __ballot_sync(kWarp, is_found);
-        equal += __popc(__ballot_sync(kWarp, key == threshold.key));
-        if (lane == n) own = found_word;
-        const uint32_t live = word + n < p.words ? s.live[word + n] : 0u;
-        if (live >> lane & 1u && !is_found) largest = fmaxf(largest, unit.logit[n]);
-      });
-      found += __popc(own);
-      if (lane < kUnitWords && word + lane < p.words) head_excluded[i * p.words + word + lane] = own;
-    }
-    found = __reduce_add_sync(kWarp, found);
-    __syncwarp();
-    if (lane == 0) s.rows[i].count = RowCount::Found(found, equal);
-    if (p.full) {
-      largest = WarpMaximum(largest);
-      if (lane == 0) p.low_largest[head * nb + i] = largest;
-    }
-  }
+  const ScoreThreshold score_threshold(threshold.key);
+  FindRows(p, head, s, by_class, head_logit, score_threshold);
   __syncthreads();
   int32_t* start = reinterpret_cast<int32_t*>(s.candidate);
-  RowCount* rows = &s.rows[0].count;
   static_assert(sizeof(ManyShared::Row) == sizeof(RowCount), "an array of one is one of the other");
+  RowCount* rows = &s.rows[0].count;
   if (warp == 0) MakeRows(p, head, threshold.ties, rows, start);
   __syncthreads();
 
+  const uint32_t* head_excluded = p.excluded + head * nb * p.words;
   uint32_t next = lane < p.words && warp < nb ? head_excluded[warp * p.words + lane] : 0u;
   for (int i = warp; i < nb; i += kManyWarps) {
     const RowCount row = rows[i];
@@ -427,17 +536,8 @@ __global__ void __launch_bounds__(kManyThreads, 1) SelectManyKernel(Problem p) {
       const int next_row = same_row ? i : i + kManyWarps, next_word = same_row ? word + 32 + lane : lane;
       next = next_row < nb && next_word < p.words ? head_excluded[next_row * p.words + next_word] : 0u;
       if (row.Partly()) {
-        const bool no_pair = p.padding_invariant && real[i] == 0u;
-        const float row_max = no_pair ? 0.0f : MaximumOf(p.row_key[head * nb + i]);
-        uint32_t equal = 0u;
-        for (int part = 0; part < 32 && word + part < p.words; part += kUnitWords) {
-          unit.Load(i, word + part);
-          unit.ForEachKey(row_max, [&](int n, uint32_t key) {
-            const uint32_t equal_word = __ballot_sync(kWarp, key == threshold.key);
-            if (lane == part + n) equal = equal_word;
-          });
-        }
-        const uint32_t taken = FirstSet(equal, ties, lane);
+        uint32_t equal;
+        const uint32_t taken = FirstTies(p, s, by_class, head_logit, score_threshold, i, row_maximum(i), word, ties, &equal);
         chosen = (chosen & ~equal) | taken;
         ties -= __reduce_add_sync(kWarp, __popc(taken));
       }
