@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -174,10 +175,11 @@ def launch_rows(
     return rows
 
 
-def known_gpu(clock: Clock) -> gpu_cost.Gpu | None:
-    """The cost model's rates for this GPU."""
-    name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else ""
-    return next((gpu for gpu in gpu_cost.GPUS.values() if gpu.name in name.split()), None)
+def known_gpu(name: str) -> gpu_cost.Gpu | None:
+    """The cost model's rates for the GPU of this name; its H100 and A100 are not the slower ones of the PCIe cards."""
+    if "PCIe" in name or "PCIE" in name:
+        return None
+    return next((gpu for gpu in gpu_cost.GPUS.values() if re.search(rf"\b{gpu.name}\b", name)), None)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def measure(place: Place, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     contestants.append(gpu_peers.flex(sets, shape.attributes, chosen(device, shape.attributes)))
     if dtype == torch.float32:
         contestants.append(gpu_peers.authors(sets, shape.attributes, place.kernels, place.reason))
-    gpu = known_gpu(clock)
+    gpu = known_gpu(torch.cuda.get_device_name(clock.device)) if clock.is_cuda else None
     launches: list[dict[str, Any]] = []
     with torch.no_grad():
         take_turns(clock, contestants, place.seconds)
@@ -218,6 +220,8 @@ def measure(place: Place, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
             except (RuntimeError, ValueError) as error:
                 contestant.how += f", launches not timed: {first_line(error)}"
                 continue
+            if not measured:
+                contestant.how += ", launches not timed: the profiler sees no kernel, as without CUPTI"
             model = gpu_cost.launches(shape.cost, name_of(dtype), gpu, contestant.name == TF32X3) if gpu else []
             launches += launch_rows(contestant, measured, model, gpu)
     row: dict[str, Any] = {**asdict(shape), "goal": shape.goal, "head_size": HEAD_SIZE, "dtype": name_of(dtype)}

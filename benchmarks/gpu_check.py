@@ -314,7 +314,7 @@ STEPS = (
     ),
     Step("model", "a whole model on the GPU", 90, model),
     Step("authors", "the authors' kernels: compile", 150, authors),
-    Step("benchmark", "benchmark beside dense attention", 180, benchmark),
+    Step("benchmark", "benchmark beside dense attention", 240, benchmark),
     Step("models", "benchmark of whole models", 300, models),
 )
 

@@ -644,6 +644,13 @@ def test_the_roofline_is_the_longer_of_moving_and_computing(modules):
     assert computing == pytest.approx(12.88e9 / 8e8, rel=1e-3)
 
 
+def test_the_cost_models_gpu_is_known_by_torchs_name(modules):
+    known = modules("gpu_attention").known_gpu
+    names = ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S")
+    assert [known(name).name for name in names] == ["H200", "H100", "A100", "L40S"]
+    assert [known(name) for name in ("NVIDIA H100 PCIe", "NVIDIA A100 80GB PCIe", "NVIDIA L40", "Tesla T4")] == [None] * 4
+
+
 def test_the_shapes_are_those_of_the_goals(modules):
     script, cost = modules("gpu_attention"), modules("gpu_cost")
     assert sorted(shape.goal for shape in script.SHAPES if shape.goal) == sorted(goal.goal for goal in cost.GOALS)
