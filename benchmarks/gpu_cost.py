@@ -265,7 +265,7 @@ _KEY_INSTRUCTIONS = 12
 """Of each pair in each of RADIX_PASSES passes: digit, who has the same, histogram."""
 _RADIX_PASSES = 4
 _FLIGHT = 48.0
-"""Bytes a cycle that one CTA of 1024 threads draws from L2: eight loads of 4 bytes each under way, some 700 cycles each."""
+"""Bytes a cycle that one CTA of 512 threads draws from L2: sixteen loads of 4 bytes each under way, some 700 cycles each."""
 _LOW_SHARE = 0.5
 """Of what mma.sync reaches, in a product that waits at barriers for its operands."""
 
@@ -310,8 +310,8 @@ def launches(shape: Shape, dtype: str, gpu: Gpu, tf32x3: bool = False) -> list[L
     select = Launch(
         "select",
         heads,
-        threads=1024,
-        registers=64,
+        threads=512,
+        registers=128,
         shared=82 << 10,
         uses={where: 2 * pairs * 4, "issue": 2 * pairs * _KEY_INSTRUCTIONS / 32},  # a histogram, then lists; the rest is on chip
         cycles=_START + 2 * nb * nb * 4 / _FLIGHT + 60 * _BARRIER,
