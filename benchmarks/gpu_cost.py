@@ -263,7 +263,10 @@ _START = 2 * _L2 + 300
 _BARRIER = 50.0
 _KEY_INSTRUCTIONS = 12
 """Of each pair in each of RADIX_PASSES passes: digit, who has the same, histogram."""
-_RADIX_PASSES = 4
+_RADIX_PASSES = 2
+"""Of eleven bits: after two digits the search is mostly over."""
+_STAGED = {32: 64, 64: 32, 128: 8}
+"""Block rows that a select kernel has room for -> dimensions that its logits take from memory at a time."""
 _FLIGHT = 48.0
 """Bytes a cycle that one CTA of 512 threads draws from L2: sixteen loads of 4 bytes each under way, some 700 cycles each."""
 _LOW_SHARE = 0.5
@@ -341,7 +344,7 @@ def _select(heads: int, nb: int, d: int, gpu: Gpu, tensor_cores: bool) -> Launch
     tensor = gpu.per_sm["TF32"] / (gpu.clock * 1e3) * _LOW_SHARE
     phases = {
         "start": _START,
-        "logits": pairs * d / (128 * gpu.fma) + d / 8 * 2 * _BARRIER,
+        "logits": pairs * d / (128 * gpu.fma) + math.ceil(d / _STAGED[rows]) * 2 * _BARRIER,
         "keys": pairs * 2 * _KEY_INSTRUCTIONS / 128,
         "radix": _RADIX_PASSES * (pairs * _KEY_INSTRUCTIONS / 128 + 6 * _BARRIER),
         "lists": pairs * _KEY_INSTRUCTIONS / 128 + 10 * _BARRIER,
@@ -382,7 +385,7 @@ def _attend(shape: Shape, dtype: str, gpu: Gpu, tensor_bytes: float, kept: bool,
     }
     half = tile / 2  # keys or values of a block
     if size == 2:  # two warps, 16 query tokens each: a tile is written once and read twice
-        uses |= {"tensor": flop, "shared": blocks * tile * 3, "issue": blocks * 2 * 240 * d / 64}
+        uses |= {"tensor": flop, "shared": blocks * tile * 3, "issue": blocks * 2 * 380 * d / 64}
         registers, shared, cycles = 128, 3 * tile, gpu.block_cycles * d / 64
     elif tf32x3:  # two warps, every other block each
         uses |= {"TF32": 3 * flop, "shared": blocks * tile * 2.5, "issue": blocks * 1400 * d / 64}
