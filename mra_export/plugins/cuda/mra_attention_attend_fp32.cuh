@@ -529,7 +529,7 @@ __global__ void __launch_bounds__(kFp32Threads, FmaCtas(kDims)) AttendFmaKernel(
 constexpr int kTf32MostDims = 128;
 
 template <int kDims, bool kVector>
-__global__ void __launch_bounds__(kFp32Threads, kTf32Ctas) AttendTf32Kernel(Problem p) {
+__global__ void __launch_bounds__(kFp32Threads, kTf32Ctas) AttendTfKernel(Problem p) {
   MRA_DYNAMIC_SHARED(memory);
   AttendFp32<float, kDims, kVector, Tf32Product>(p, reinterpret_cast<float*>(memory));
 }

@@ -112,7 +112,9 @@ template <typename T>
 cudaError_t LaunchAttendMma(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
   const int64_t items = layout.heads_total * layout.slots;
   if (!p.vector_loads) {
-    return LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+    return params.head_size <= 64  // the workspace has room for the partial results of 64 dimensions then, not of 128
+               ? LaunchKernel(AttendMmaKernel<T, 64, false>, items, kMmaThreads, MmaSharedBytes(64), stream, p)
+               : LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
   }
   switch (MmaDims(params.head_size)) {
     case 32:
@@ -131,7 +133,7 @@ cudaError_t LaunchFma(int64_t items, const Problem& p, cudaStream_t stream) {
 
 template <int kDims, bool kVector>
 cudaError_t LaunchTf32(int64_t items, const Problem& p, cudaStream_t stream) {
-  return LaunchKernel(AttendTf32Kernel<kDims, kVector>, items, kFp32Threads, Fp32SharedBytes<kDims, Tf32Product>(), stream, p);
+  return LaunchKernel(AttendTfKernel<kDims, kVector>, items, kFp32Threads, Fp32SharedBytes<kDims, Tf32Product>(), stream, p);
 }
 
 cudaError_t LaunchAttendFp32(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
