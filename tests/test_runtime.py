@@ -95,7 +95,7 @@ def test_tokens_are_chosen_where_each_has_an_answer_of_its_own(bundles) -> None:
     for kind, named in (("classes", "fp32, text-class"), ("answers", "fp32, question"), ("int8-dynamic", "int8"), ("fp16", "fp16")):
         with pytest.raises(ContractError, match=f"chosen_tokens is for fp32 and calibrated int8 bundles .* not for {named}"):
             MraRuntime.load(bundles(kind), "onnxruntime", chosen_tokens=True)
-    with pytest.raises(ContractError, match="chosen_tokens is for ONNX Runtime, backend is 'torch'"):
+    with pytest.raises(ContractError, match="chosen_tokens is for ONNX Runtime on a CPU, not for 'torch'"):
         MraRuntime.load(bundles("fp32"), "torch", chosen_tokens=True)
 
 

@@ -99,10 +99,11 @@ class StatusError(Exception):
         super().__init__(f"{library().mra_status_string(status).decode()} {library().mra_emulation_error().decode()}".rstrip())
 
 
-def params_for(query: np.ndarray, attributes: Attributes) -> Params:
+def params_for(query: np.ndarray, attributes: Attributes, float32_mode: str = "fma") -> Params:
     """query: (B, N, H * D)."""
     batch, length, hidden = query.shape
-    return make_params(attributes, str(query.dtype), batch, length, hidden // attributes.num_heads)
+    head_size = hidden // attributes.num_heads
+    return make_params(attributes, str(query.dtype), batch, length, head_size, float32_mode=float32_mode)
 
 
 def workspace_size(params: Params) -> int:
@@ -129,12 +130,13 @@ def attention(
     *,
     seed: int = 1,
     fill: int = 0xFF,
+    float32_mode: str = "fma",
 ) -> np.ndarray:
     """The emulated mra_attention_cuda. query, key, value: (B, N, H * D) float32, float16 or ml_dtypes.bfloat16; mask: (B, N) int32.
 
     seed: order of threads and CTAs, 0 = ascending. fill: what the workspace and the context hold before, 0xFF = NaN.
     """
-    lib, params = library(), params_for(query, attributes)
+    lib, params = library(), params_for(query, attributes, float32_mode)
     workspace = aligned_bytes(workspace_size(params), fill)
     context = np.full(query.size * query.itemsize, fill, np.uint8).view(query.dtype).reshape(query.shape)
     lib.mra_emulation_seed(seed)

@@ -26,7 +26,8 @@ FLAGS = (
 )
 
 # An SM has 65536 registers: enough for 2 CTAs of the 256 threads of logits and low resolution (1 at 128 dimensions of float32), for
-# 1 of the 512 of select, 2 of its 256, for 6, 3 and 2 of the 128 of attend, and for 9, 7 and 4 of the 64 on tensor cores.
+# 1 of the 512 of select, 2 of its 256, for 9, 7 and 4 of the 64 of attend on tensor cores, and for 4 (6 with 168 registers)
+# of the 64 of attend with float32 products.
 MOST_REGISTERS = {
     "Pool": 96,
     "Logit": 128,
@@ -39,9 +40,13 @@ MOST_REGISTERS = {
     "AttendMma 32": 104,
     "AttendMma 64": 144,
     "AttendMma 128": 208,
-    "Attend 64": 80,
-    "Attend 128": 168,
-    "Attend 256": 255,
+    "AttendFma 32": 232,
+    "AttendFma 64": 255,
+    "AttendFma 128": 168,
+    "AttendFma 256": 255,
+    "AttendTf 32": 180,
+    "AttendTf 64": 232,
+    "AttendTf 128": 232,
     "ExportSelection": 64,
 }
 INSTANCES = {
@@ -52,9 +57,16 @@ INSTANCES = {
     "Low 64": 2,
     "Low 128": 2,
     "AttendMma 32": 2,
-    "AttendMma 64": 2,
-    "AttendMma 128": 4,  # the widest one also with loads of single elements
-    **{f"Attend {dims}": 3 for dims in (64, 128, 256)},
+    "AttendMma 64": 4,
+    "AttendMma 128": 4,  # the wide ones also with loads of single elements
+    # With loads of 16 bytes and of single elements; the widest one also for 16-bit types.
+    "AttendFma 32": 1,
+    "AttendFma 64": 2,
+    "AttendFma 128": 2,
+    "AttendFma 256": 4,
+    "AttendTf 32": 1,
+    "AttendTf 64": 2,
+    "AttendTf 128": 2,
     "ExportSelection": 1,
 }
 """Kernel, and its last template number (select: logits of a thread in each direction; others: padded head size) -> how many."""

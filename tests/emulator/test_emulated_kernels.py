@@ -25,7 +25,7 @@ def as_dtype(case: oracles.OpCase, dtype: str) -> tuple[np.ndarray, np.ndarray, 
     return (*(x.astype(DTYPES[dtype]) for x in (case.query, case.key, case.value)), case.mask)
 
 
-def check_values(arrays: tuple[np.ndarray, ...], attributes: Attributes, seed: int = 1) -> None:
+def check_values(arrays: tuple[np.ndarray, ...], attributes: Attributes, seed: int = 1, float32_mode: str = "fma") -> None:
     """The context is the float64 formula's for the blocks that the kernel chose.
 
     Tolerance: a float32 logit of D terms is off by a few ulps of the largest one possible, weights by as much relative to
@@ -33,7 +33,7 @@ def check_values(arrays: tuple[np.ndarray, ...], attributes: Attributes, seed: i
     part's weights (twice: above and below the line) and block sums rounded to tf32; all else is float32.
     """
     query, key, value, mask = arrays
-    context = emulated.attention(*arrays, attributes, seed=seed).astype(np.float64)
+    context = emulated.attention(*arrays, attributes, seed=seed, float32_mode=float32_mode).astype(np.float64)
     chosen, excluded, _ = emulated.selection(query, key, mask, attributes, seed=seed)
     exact = tuple(x.astype(np.float64) for x in (query, key, value))
     want = oracles.dense_attention(*exact, mask, attributes, chosen, excluded).context
@@ -322,6 +322,7 @@ def good_params(**changes: int | float) -> kernel.Params:
         ({"initial_prior_diagonal_n_blocks": -1}, "initial_prior_diagonal_n_blocks"),
         ({"scale": math.nan}, "scale"),
         ({"padding_invariant": 2}, "padding_invariant"),
+        ({"float32_mode": 2}, "float32_mode MRA_FLOAT32_FMA or MRA_FLOAT32_TF32X3"),
         ({"length": 131073}, "lower batch or length"),  # nb = 4097
         ({"batch": 2**31, "length": 1}, "lower batch or length"),  # more CTAs than a grid holds
         ({"batch": 2**62}, "lower batch or length"),

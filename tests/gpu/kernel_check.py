@@ -120,9 +120,10 @@ def make_inputs(
     return Inputs(*tensors, mask.to(device.torch_device))
 
 
-def params_for(inputs: Inputs, attributes: Attributes) -> Params:
+def params_for(inputs: Inputs, attributes: Attributes, float32_mode: str = "fma") -> Params:
     batch, length, hidden = inputs.query.shape
-    return make_params(attributes, str(inputs.query.dtype).removeprefix("torch."), batch, length, hidden // attributes.num_heads)
+    dtype, head_size = str(inputs.query.dtype).removeprefix("torch."), hidden // attributes.num_heads
+    return make_params(attributes, dtype, batch, length, head_size, float32_mode=float32_mode)
 
 
 def workspace_for(device: Device, params: Params, fill: int = 0xFF) -> Guarded:
@@ -138,9 +139,9 @@ def check_status(device: Device, status: int) -> None:
     expect(status == 0, f"status {status}: {device.lib.mra_status_string(status).decode()}")
 
 
-def run(device: Device, inputs: Inputs, attributes: Attributes, fill: int = 0xFF) -> Tensor:
+def run(device: Device, inputs: Inputs, attributes: Attributes, fill: int = 0xFF, float32_mode: str = "fma") -> Tensor:
     """The kernel's context, checked for writes outside its buffers."""
-    params = params_for(inputs, attributes)
+    params = params_for(inputs, attributes, float32_mode)
     workspace = workspace_for(device, params, fill)
     context = Guarded(device, tuple(inputs.query.shape), inputs.query.dtype)
     launch(device, params, inputs, context.tensor, workspace.tensor)
@@ -186,15 +187,15 @@ def cpu_selection(inputs: Inputs, attributes: Attributes) -> tuple[Tensor, Tenso
     return states, score
 
 
-def check_call(device: Device, inputs: Inputs, attributes: Attributes) -> str:
+def check_call(device: Device, inputs: Inputs, attributes: Attributes, float32_mode: str = "fma") -> str:
     """Selection, values, and the same bits from another workspace content."""
     states, score = selection(device, inputs, attributes)
     if kernel.available():
         cpu_states, cpu_score = cpu_selection(inputs, attributes)
         expect(torch.equal(states, cpu_states), f"{int((states != cpu_states).sum())} pairs are selected otherwise than on the CPU")
         expect(torch.equal(score.nan_to_num(7e30), cpu_score.nan_to_num(7e30)), "scores differ from the CPU's")
-    context = run(device, inputs, attributes)
-    again = run(device, inputs, attributes, fill=0x5A)
+    context = run(device, inputs, attributes, float32_mode=float32_mode)
+    again = run(device, inputs, attributes, fill=0x5A, float32_mode=float32_mode)
     expect(torch.equal(context.view(torch.uint8), again.view(torch.uint8)), "a second call gave other bits")
 
     states = states.to(device.torch_device)
@@ -205,12 +206,14 @@ def check_call(device: Device, inputs: Inputs, attributes: Attributes) -> str:
     batch, length, _ = want.shape
     norms = [x.view(batch, length, attributes.num_heads, -1).norm(dim=-1).max() for x in exact[:2]]
     largest_logit = float(attributes.scale * norms[0] * norms[1])
-    # A float32 logit is off by a few ulps of the largest possible one; the result rounds once to its type. Tensor cores take the
-    # weights of exact blocks rounded to that type, and the low-resolution part's weights and block sums rounded to tf32.
+    # A float32 logit is off by a few ulps of the largest possible one; the result rounds once to its type. For 16-bit types, tensor
+    # cores take weights rounded to that type, and the low-resolution part in tf32.
     relative = 4 * 2.0**-24 * (8 + largest_logit)
     if inputs.query.dtype != torch.float32:
-        relative += HALF_ULP[inputs.query.dtype] + (3 * 2.0**-11 if attributes.approx_mode == "full" else 0.0)
-    tolerance = float(exact[2].abs().max()) * relative + HALF_ULP[inputs.query.dtype] * 1.001 * want.abs() + 1e-7
+        low = 3 * 2.0**-11 if attributes.approx_mode == "full" else 0.0
+        relative += HALF_ULP[inputs.query.dtype] * 1.001 + 2.0**-24 + low
+    arithmetic = float(exact[2].abs().max()) * relative
+    tolerance = arithmetic + HALF_ULP[inputs.query.dtype] * 1.001 * want.abs() + 1e-7
     difference = (context.double() - want).abs()
     expect(bool(torch.isfinite(context).all()), "the context is not finite")
     expect(bool((difference <= tolerance).all()), f"error is {float((difference / tolerance).max()):.2f} times the tolerance")
@@ -240,16 +243,18 @@ def values(device: Device) -> str:
             (1, 2, 16384, 32, 2048, "sparse", 0, 0),
         ]
     worst = ""
+    kinds = [*((dtype, "fma") for dtype in DTYPES), (torch.float32, "tf32x3")]
     maskings = ("none", "holes", "padding", "dead blocks", "dead row")
     for index, (batch, heads, length, head_size, budget, mode, first, diagonal) in enumerate(calls):
-        for dtype in DTYPES:
+        for dtype, float32_mode in kinds:
             attributes = Attributes(heads, budget, 0.125, mode, first, diagonal, padding_invariant=index % 2 == 1)
             inputs = make_inputs(device, batch, length, heads, head_size, dtype, maskings[index % len(maskings)], seed=index)
             try:
-                worst = max(worst, check_call(device, inputs, attributes))
+                worst = max(worst, check_call(device, inputs, attributes, float32_mode))
             except AssertionError as error:
-                raise AssertionError(f"B {batch} N {length} D {head_size} {attributes} {dtype}: {error}") from error
-    return f"{len(calls) * len(DTYPES)} calls, worst error {worst}"
+                call = f"B {batch} N {length} D {head_size} {attributes} {dtype} {float32_mode}"
+                raise AssertionError(f"{call}: {error}") from error
+    return f"{len(calls) * len(kinds)} calls, worst error {worst}"
 
 
 def ties(device: Device) -> str:

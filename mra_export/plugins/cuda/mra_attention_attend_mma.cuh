@@ -1,13 +1,10 @@
 // Launch 3, attend, for float16 and bfloat16 heads of up to 128 dimensions: step 6 of docs/operator.md on tensor cores. One CTA of
 // two warps per work item; each warp has 16 of the block row's 32 query tokens and goes through all of the item's key blocks, which
 // both read from a ring of tiles in shared memory that cp.async fills ahead of them.
-//
-// Exponents are to the base 2 here: scale * log2(e) is one factor, and ex2 is what the hardware has.
 #ifndef MRA_ATTENTION_ATTEND_MMA_CUH_
 #define MRA_ATTENTION_ATTEND_MMA_CUH_
 
-#include "mra_attention_device.cuh"
-#include "mra_attention_ptx.cuh"
+#include "mra_attention_attend.cuh"
 
 namespace mra {
 
@@ -74,34 +71,6 @@ __device__ __forceinline__ void FetchTiles(const Problem& p, const TileShare<kDi
   }
 }
 
-// The chosen key blocks of a work item that have a real token, in order, the same for all lanes of a warp. Thirty-two entries are
-// looked up at a time, one by each lane.
-struct KeyBlocks {
-  const uint16_t* column;  // the row's list
-  const uint32_t* real;    // (nb) of the batch row
-  int next;                // first entry that has not been looked up
-  int end;
-  uint32_t pending = 0;  // lanes whose block is still to come
-  int block = 0;         // this lane's
-  uint32_t tokens = 0;   // its real tokens
-
-  // The next block and its real tokens, or real tokens 0: there is none left.
-  __device__ __forceinline__ uint32_t Take(int* taken) {
-    while (pending == 0) {
-      if (next >= end) return 0;
-      const int entry = next + static_cast<int>(threadIdx.x % 32);
-      block = entry < end ? column[entry] : 0;
-      tokens = entry < end ? real[block] : 0;
-      pending = __ballot_sync(kWarp, tokens != 0);
-      next += 32;
-    }
-    const int lane = __ffs(static_cast<int>(pending)) - 1;
-    pending &= pending - 1;
-    *taken = __shfl_sync(kWarp, block, lane);
-    return __shfl_sync(kWarp, tokens, lane);
-  }
-};
-
 // A warp's 16 query tokens as the left factor of m16n8k16 products: for each 16 dimensions, four pairs.
 template <typename T, int kDims>
 struct QueryFragments {
@@ -116,8 +85,6 @@ struct MmaState {
   float total[2] = {};                        // sum of weights, likewise; of this lane's key tokens until the end
   float largest[2] = {-INFINITY, -INFINITY};  // largest logit, times log2(e)
 };
-
-__device__ __forceinline__ float Weight2(float x, float reference) { return Exp2(x - (reference == -INFINITY ? 0.0f : reference)); }
 
 template <typename T, int kDims, bool kVector>
 __device__ __forceinline__ void LoadQuery(const Problem& p, const T* first_token, uint32_t real, QueryFragments<T, kDims>* query) {

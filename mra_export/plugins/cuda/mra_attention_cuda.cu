@@ -2,7 +2,7 @@
 #include <initializer_list>
 
 #include "mra_attention.h"
-#include "mra_attention_attend.cuh"
+#include "mra_attention_attend_fp32.cuh"
 #include "mra_attention_attend_mma.cuh"
 #include "mra_attention_device.cuh"
 #include "mra_attention_layout.h"
@@ -112,7 +112,9 @@ template <typename T>
 cudaError_t LaunchAttendMma(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
   const int64_t items = layout.heads_total * layout.slots;
   if (!p.vector_loads) {
-    return LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
+    return params.head_size <= 64  // the workspace has room for the partial results of 64 dimensions then, not of 128
+               ? LaunchKernel(AttendMmaKernel<T, 64, false>, items, kMmaThreads, MmaSharedBytes(64), stream, p)
+               : LaunchKernel(AttendMmaKernel<T, 128, false>, items, kMmaThreads, MmaSharedBytes(128), stream, p);
   }
   switch (MmaDims(params.head_size)) {
     case 32:
@@ -124,22 +126,46 @@ cudaError_t LaunchAttendMma(const MraAttentionParams& params, const Layout& layo
   }
 }
 
+template <typename T, int kDims, bool kVector>
+cudaError_t LaunchFma(int64_t items, const Problem& p, cudaStream_t stream) {
+  return LaunchKernel(AttendFmaKernel<T, kDims, kVector>, items, kFp32Threads, Fp32SharedBytes<kDims, FmaProduct>(), stream, p);
+}
+
+template <int kDims, bool kVector>
+cudaError_t LaunchTf32(int64_t items, const Problem& p, cudaStream_t stream) {
+  return LaunchKernel(AttendTfKernel<kDims, kVector>, items, kFp32Threads, Fp32SharedBytes<kDims, Tf32Product>(), stream, p);
+}
+
+cudaError_t LaunchAttendFp32(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
+  const int64_t items = layout.heads_total * layout.slots;
+  const int dims = params.head_size;
+  if (params.float32_mode == MRA_FLOAT32_TF32X3 && dims <= kTf32MostDims) {
+    if (!p.vector_loads) return dims <= 64 ? LaunchTf32<64, false>(items, p, stream) : LaunchTf32<128, false>(items, p, stream);
+    return dims <= 32   ? LaunchTf32<32, true>(items, p, stream)
+           : dims <= 64 ? LaunchTf32<64, true>(items, p, stream)
+                        : LaunchTf32<128, true>(items, p, stream);
+  }
+  if (!p.vector_loads) {
+    return dims <= 64    ? LaunchFma<float, 64, false>(items, p, stream)
+           : dims <= 128 ? LaunchFma<float, 128, false>(items, p, stream)
+                         : LaunchFma<float, 256, false>(items, p, stream);
+  }
+  return dims <= 32    ? LaunchFma<float, 32, true>(items, p, stream)
+         : dims <= 64  ? LaunchFma<float, 64, true>(items, p, stream)
+         : dims <= 128 ? LaunchFma<float, 128, true>(items, p, stream)
+                       : LaunchFma<float, 256, true>(items, p, stream);
+}
+
 template <typename T>
 cudaError_t LaunchAttention(const MraAttentionParams& params, const Layout& layout, const Problem& p, cudaStream_t stream) {
   const cudaError_t error = LaunchSelection<T>(params, layout, p, stream);
   if (error != cudaSuccess) return error;
-  const int64_t items = layout.heads_total * layout.slots;
-  if constexpr (sizeof(T) == 2) {
-    if (params.head_size <= kMmaMostDims) return LaunchAttendMma<T>(params, layout, p, stream);
-  }
-  const size_t shared = AttendSharedFloats(params.head_size) * sizeof(float);
-  switch (PaddedHeadSize(params.head_size)) {
-    case 64:
-      return LaunchKernel(AttendKernel<T, 64>, items, kAttendThreads, shared, stream, p);
-    case 128:
-      return LaunchKernel(AttendKernel<T, 128>, items, kAttendThreads, shared, stream, p);
-    default:
-      return LaunchKernel(AttendKernel<T, 256>, items, kAttendThreads, shared, stream, p);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return LaunchAttendFp32(params, layout, p, stream);
+  } else if (params.head_size <= kMmaMostDims) {
+    return LaunchAttendMma<T>(params, layout, p, stream);
+  } else {
+    return LaunchFma<T, 256, false>(layout.heads_total * layout.slots, p, stream);
   }
 }
 
