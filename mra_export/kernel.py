@@ -24,6 +24,9 @@ from mra_export.errors import ContractError, PluginLoadError
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 """Name of the tensor type T -> MraDtype."""
 
+FLOAT32_MODES = {"fma": 0, "tf32x3": 1}
+"""How the CUDA kernels multiply float32 tensors -> MraFloat32Mode. The CPU kernel takes "fma" for either."""
+
 ALIGNMENT = 64
 _NOT_BUILT = 14
 """MRA_ERROR_NOT_BUILT."""
@@ -47,7 +50,7 @@ class Params(ctypes.Structure):
         ("initial_prior_diagonal_n_blocks", ctypes.c_int32),
         ("padding_invariant", ctypes.c_int32),
         ("scale", ctypes.c_float),
-        ("reserved", ctypes.c_uint32),
+        ("float32_mode", ctypes.c_int32),
     )
 
 
@@ -182,10 +185,18 @@ def selection_cuda(
     _check(library().mra_attention_cuda_selection(params, *addresses, workspace_bytes, stream), params)
 
 
-def make_params(attributes: Attributes, dtype: str, batch: int, length: int, head_size: int) -> Params:
-    """The C parameter struct for these attributes and shapes. Raises ContractError for what C's integers cannot hold."""
+def make_params(
+    attributes: Attributes, dtype: str, batch: int, length: int, head_size: int, *, float32_mode: str = "fma"
+) -> Params:
+    """The C parameter struct for these attributes and shapes.
+
+    float32_mode: "fma" or "tf32x3", for CUDA and dtype "float32" only. Raises ContractError for an unknown dtype or mode and for
+    what C's integers cannot hold.
+    """
     if dtype not in DTYPES:
         raise ContractError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    if float32_mode not in FLOAT32_MODES:
+        raise ContractError(f"float32_mode is {float32_mode!r}: use one of {', '.join(FLOAT32_MODES)}")
     largest = 2**31 - 1
     first, diagonal = attributes.initial_prior_first_n_blocks, attributes.initial_prior_diagonal_n_blocks
     for name, number in (("num_heads", attributes.num_heads), ("head_size", head_size)):
@@ -204,7 +215,7 @@ def make_params(attributes: Attributes, dtype: str, batch: int, length: int, hea
         initial_prior_diagonal_n_blocks=min(diagonal, largest),
         padding_invariant=int(attributes.padding_invariant),
         scale=attributes.scale,
-        reserved=0,
+        float32_mode=FLOAT32_MODES[float32_mode],
     )
 
 
@@ -284,7 +295,7 @@ def _check_arrays(tensors: dict[str, np.ndarray[Any, Any]], mask: np.ndarray[Any
 def _check(status: int, params: Params) -> None:
     if status:
         text = library().mra_status_string(status).decode()
-        shown = ", ".join(f"{name}={getattr(params, name)}" for name, _ in Params._fields_[1:-1])
+        shown = ", ".join(f"{name}={getattr(params, name)}" for name, _ in Params._fields_[1:])
         raise ContractError(f"{text} ({shown})")
 
 

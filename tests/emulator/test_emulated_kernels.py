@@ -318,6 +318,7 @@ def good_params(**changes: int | float) -> kernel.Params:
         ({"initial_prior_diagonal_n_blocks": -1}, "initial_prior_diagonal_n_blocks"),
         ({"scale": math.nan}, "scale"),
         ({"padding_invariant": 2}, "padding_invariant"),
+        ({"float32_mode": 2}, "float32_mode MRA_FLOAT32_FMA or MRA_FLOAT32_TF32X3"),
         ({"length": 131073}, "lower batch or length"),  # nb = 4097
         ({"batch": 2**31, "length": 1}, "lower batch or length"),  # more CTAs than a grid holds
         ({"batch": 2**62}, "lower batch or length"),

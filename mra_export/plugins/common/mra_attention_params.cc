@@ -1,8 +1,16 @@
 #include "mra_attention_params.h"
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
 
 namespace mra {
+
+int32_t Float32ModeFromEnvironment() {
+  const char* asked = getenv("MRA_ATTENTION_FLOAT32");
+  if (asked == nullptr || strcmp(asked, "fma") == 0) return MRA_FLOAT32_FMA;
+  return strcmp(asked, "tf32x3") == 0 ? static_cast<int32_t>(MRA_FLOAT32_TF32X3) : -1;
+}
 
 MraStatus CheckParams(const MraAttentionParams* params) {
   if (params == nullptr) return MRA_ERROR_NULL_POINTER;
@@ -18,7 +26,8 @@ MraStatus CheckParams(const MraAttentionParams* params) {
   if (params->approx_mode != MRA_APPROX_FULL && params->approx_mode != MRA_APPROX_SPARSE) return MRA_ERROR_APPROX_MODE;
   if (params->initial_prior_first_n_blocks < 0 || params->initial_prior_diagonal_n_blocks < 0) return MRA_ERROR_PRIOR;
   if (!(params->scale > 0.0f) || !isfinite(params->scale)) return MRA_ERROR_SCALE;
-  if ((params->padding_invariant != 0 && params->padding_invariant != 1) || params->reserved != 0) return MRA_ERROR_FLAG;
+  if (params->padding_invariant != 0 && params->padding_invariant != 1) return MRA_ERROR_FLAG;
+  if (params->float32_mode != MRA_FLOAT32_FMA && params->float32_mode != MRA_FLOAT32_TF32X3) return MRA_ERROR_FLAG;
 
   // Block indices are int32, and 2^40 elements are more than any machine holds: beyond that no product below can overflow.
   const int64_t limit = int64_t{1} << 40;
@@ -70,7 +79,8 @@ const char* mra_status_string(MraStatus status) {
     case MRA_ERROR_NOT_BUILT:
       return "this library was built without that device: rebuild it with the device enabled";
     case MRA_ERROR_FLAG:
-      return "padding_invariant is neither 0 nor 1, or reserved is not 0: it must be 0 or 1, and reserved 0";
+      return "padding_invariant or float32_mode is unknown: padding_invariant must be 0 or 1, float32_mode MRA_FLOAT32_FMA or "
+             "MRA_FLOAT32_TF32X3";
     case MRA_ERROR_TOO_LARGE:
       return "these shapes need more memory than can be addressed: lower batch or length";
     case MRA_ERROR_CPU_TARGET:

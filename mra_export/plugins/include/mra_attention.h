@@ -41,7 +41,7 @@ typedef enum MraStatus {
   MRA_ERROR_WORKSPACE = 12,  /* workspace smaller than mra_attention_*_workspace_size, or not 64-byte aligned */
   MRA_ERROR_CUDA = 13,       /* a CUDA launch failed */
   MRA_ERROR_NOT_BUILT = 14,  /* this library was built without that device */
-  MRA_ERROR_FLAG = 15,       /* padding_invariant is neither 0 nor 1, or reserved is not 0 */
+  MRA_ERROR_FLAG = 15,       /* padding_invariant is neither 0 nor 1, or float32_mode is unknown */
   MRA_ERROR_TOO_LARGE = 16,  /* tensors or workspace of these shapes exceed what can be addressed */
   MRA_ERROR_CPU_TARGET = 17, /* MRA_ATTENTION_CPU_TARGET names instructions that the library or the machine does not have */
   MRA_ERROR_THREADS = 18     /* num_threads below 1, or no parallel_for */
@@ -50,6 +50,10 @@ typedef enum MraStatus {
 typedef enum MraDtype { MRA_FLOAT32 = 0, MRA_FLOAT16 = 1, MRA_BFLOAT16 = 2 } MraDtype;
 
 typedef enum MraApproxMode { MRA_APPROX_FULL = 0, MRA_APPROX_SPARSE = 1 } MraApproxMode;
+
+/* How mra_attention_cuda multiplies float32 tensors. TF32X3: on tensor cores, every float as two tf32, whose products are right to
+ * about 2^-21, for heads of up to 128 dimensions; larger ones take FMA. The CPU kernel always takes FMA. */
+typedef enum MraFloat32Mode { MRA_FLOAT32_FMA = 0, MRA_FLOAT32_TF32X3 = 1 } MraFloat32Mode;
 
 typedef struct MraAttentionParams {
   uint32_t struct_size;                    /* sizeof(MraAttentionParams) */
@@ -64,7 +68,7 @@ typedef struct MraAttentionParams {
   int32_t initial_prior_diagonal_n_blocks; /* G >= 0; 0: no diagonal prior */
   int32_t padding_invariant;               /* 0 or 1 */
   float scale;                             /* factor on each logit, positive and finite */
-  uint32_t reserved;                       /* 0 */
+  int32_t float32_mode;                    /* MraFloat32Mode; without effect on selection and on 16-bit types */
 } MraAttentionParams;
 
 /* The caller's threads. parallel_for(pool, count, task, arg) calls task(arg, i) once for each i in [0, count), on any threads in
