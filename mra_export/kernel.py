@@ -147,44 +147,6 @@ def attention_cpu(
     )
 
 
-def selection_cpu(params: Params, query: int, key: int, mask: int, blocks: int, score: int | None, num_threads: int) -> None:
-    """What `attention_cpu` selects, on memory given as addresses.
-
-    blocks, (B, H, nb, nb) uint8, 2 = chosen, 1 = excluded but not chosen, and score, (B, H, nb, nb) float32 or None, are written.
-    Raises ContractError, PluginLoadError.
-    """
-    workspace = _workspace_for(params, num_threads)
-    threads = _ThreadsFor(num_threads)
-    addresses = (query, key, mask, blocks, score, workspace.address)
-    _check(library().mra_attention_cpu_selection(params, *addresses, workspace.size, threads.address), params)
-
-
-def cuda_workspace_size(params: Params) -> int:
-    """Bytes of device memory that `attention_cuda` and `selection_cuda` need. Raises ContractError, PluginLoadError."""
-    needed = ctypes.c_size_t()
-    _check(library().mra_attention_cuda_workspace_size(params, needed), params)
-    return needed.value
-
-
-def attention_cuda(
-    params: Params, query: int, key: int, value: int, mask: int, context: int, workspace: int, workspace_bytes: int, stream: int
-) -> None:
-    """Queue the kernel on a cudaStream_t, of the current device; all addresses are its memory, laid out as for `attention_cpu`.
-
-    Returns at once. Raises ContractError, also where a launch is refused, and PluginLoadError.
-    """
-    addresses = (query, key, value, mask, context, workspace)
-    _check(library().mra_attention_cuda(params, *addresses, workspace_bytes, stream), params)
-
-
-def selection_cuda(
-    params: Params, query: int, key: int, mask: int, blocks: int, workspace: int, workspace_bytes: int, stream: int
-) -> None:
-    """As `selection_cpu`, without the score, queued as `attention_cuda` is."""
-    addresses = (query, key, mask, blocks, None, workspace)
-    _check(library().mra_attention_cuda_selection(params, *addresses, workspace_bytes, stream), params)
-
-
 def make_params(
     attributes: Attributes, dtype: str, batch: int, length: int, head_size: int, *, float32_mode: str = "fma"
 ) -> Params:
@@ -277,6 +239,44 @@ def selection(
     params = make_params(attributes, str(q.dtype), batch, length, head_size)
     selection_cpu(params, q.ctypes.data, k.ctypes.data, m.ctypes.data, states.ctypes.data, score.ctypes.data, num_threads)
     return states == 2, states > 0, score
+
+
+def selection_cpu(params: Params, query: int, key: int, mask: int, blocks: int, score: int | None, num_threads: int) -> None:
+    """What `attention_cpu` selects, on memory given as addresses.
+
+    blocks, (B, H, nb, nb) uint8, 2 = chosen, 1 = excluded but not chosen, and score, (B, H, nb, nb) float32 or None, are written.
+    Raises ContractError, PluginLoadError.
+    """
+    workspace = _workspace_for(params, num_threads)
+    threads = _ThreadsFor(num_threads)
+    addresses = (query, key, mask, blocks, score, workspace.address)
+    _check(library().mra_attention_cpu_selection(params, *addresses, workspace.size, threads.address), params)
+
+
+def cuda_workspace_size(params: Params) -> int:
+    """Bytes of device memory that `attention_cuda` and `selection_cuda` need. Raises ContractError, PluginLoadError."""
+    needed = ctypes.c_size_t()
+    _check(library().mra_attention_cuda_workspace_size(params, needed), params)
+    return needed.value
+
+
+def attention_cuda(
+    params: Params, query: int, key: int, value: int, mask: int, context: int, workspace: int, workspace_bytes: int, stream: int
+) -> None:
+    """Queue the kernel on a cudaStream_t, of the current device; all addresses are its memory, laid out as for `attention_cpu`.
+
+    Returns at once. Raises ContractError, also where a launch is refused, and PluginLoadError.
+    """
+    addresses = (query, key, value, mask, context, workspace)
+    _check(library().mra_attention_cuda(params, *addresses, workspace_bytes, stream), params)
+
+
+def selection_cuda(
+    params: Params, query: int, key: int, mask: int, blocks: int, workspace: int, workspace_bytes: int, stream: int
+) -> None:
+    """As `selection_cpu`, without the score, queued as `attention_cuda` is."""
+    addresses = (query, key, mask, blocks, None, workspace)
+    _check(library().mra_attention_cuda_selection(params, *addresses, workspace_bytes, stream), params)
 
 
 def _check_arrays(tensors: dict[str, np.ndarray[Any, Any]], mask: np.ndarray[Any, Any], attributes: Attributes) -> int:

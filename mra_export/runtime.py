@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mra_export import parity
+from mra_export import kernel, parity
 from mra_export.backends import CudaBackend, TokenBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.contract import INT8, TOLERANCES, float_dtype
@@ -236,6 +236,8 @@ def choose_backend(bundle: Bundle, device: str, use_op_library: bool) -> tuple[s
         return "torch", "int8 graphs are for CPUs; torch runs the float model"
     if device == "cuda" and not onnx_runtime.cuda_available():
         return "torch", "this onnxruntime has no CUDA provider"
+    if device == "cuda" and use_op_library and not kernel.has_cuda(bundle.file(OP_LIBRARY)):
+        return "torch", "the bundle's op library was built without CUDA"
     if device == "cpu" and dtype == "bf16":
         return "torch", "ONNX Runtime's CPU provider has no bfloat16 MatMul"
     return "onnxruntime", f"it runs {dtype} on {device}"

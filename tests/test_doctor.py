@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from mra_export import doctor, libraries
 from mra_export.cli import main
+from mra_export.errors import BackendError
 
 
 def examine() -> dict:
@@ -50,6 +51,27 @@ def test_a_package_that_is_missing_comes_with_the_command_that_gets_it(monkeypat
     missing = {entry["name"]: entry["command"] for entry in doctor.examine()["missing"]}
     assert missing["onnxruntime"] == "pip install onnxruntime"
     assert "tensorrt" in missing
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_a_gpu_needs_is_optional(monkeypatch, on_gpu) -> None:
+    pytest.importorskip("onnxruntime")
+    from mra_export import gpu, kernel
+    from mra_export.backends import onnx_runtime, onnx_runtime_cuda
+
+    def not_started() -> None:
+        raise BackendError("onnxruntime cannot use its CUDAExecutionProvider: libcublas")
+
+    monkeypatch.setattr(kernel, "has_cuda", lambda path: on_gpu)
+    monkeypatch.setattr(onnx_runtime, "cuda_available", lambda: on_gpu)
+    monkeypatch.setattr(gpu, "devices", lambda: (gpu.Gpu("imagined", "9.0"),))
+    monkeypatch.setattr(onnx_runtime_cuda, "start_provider", not_started)
+    facts = doctor.examine()
+    optional = {entry["name"]: entry for entry in facts["missing"] if entry["optional"]}
+    wanted = {"CUDAExecutionProvider"} | {f"{name} with CUDA" for name in ("kernels", "ort_ops") if libraries.find(name)}
+    assert wanted & set(optional) == (set() if on_gpu else wanted)
+    if libraries.find("ort_ops"):
+        assert any("libcublas" in problem for problem in facts["problems"]) is on_gpu
 
 
 def test_libraries_that_do_not_work_are_problems(monkeypatch, tmp_path) -> None:

@@ -21,7 +21,7 @@ from mra_export.backends import CudaBackend, onnx_runtime, onnx_runtime_cuda
 from mra_export.backends.onnx_runtime_cuda import OnnxRuntimeCudaBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.errors import BackendError, ContractError, PluginLoadError
-from mra_export.runtime import MraRuntime
+from mra_export.runtime import MraRuntime, choose_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_GPU = (gpu.Gpu("an imagined GPU", "9.0"),)
@@ -92,6 +92,15 @@ def test_what_needs_a_torch_for_the_gpu(bundles, monkeypatch) -> None:
         load(bundles, cuda_graphs=True)
     with pytest.raises(BackendError, match="bfloat16, which numpy does not have, needs a torch that can use the GPU"):
         MraRuntime.load(bundles("bf16"), "onnxruntime", "cuda")
+
+
+@pytest.mark.usefixtures("with_provider")
+def test_auto_takes_onnxruntime_where_the_op_library_has_cuda(bundles, monkeypatch) -> None:
+    bundle = Bundle.load(bundles("fp32"))
+    monkeypatch.setattr(kernel, "has_cuda", lambda path: path == bundle.file(OP_LIBRARY))
+    assert choose_backend(bundle, "cuda", True) == ("onnxruntime", "it runs fp32 on cuda")
+    monkeypatch.setattr(kernel, "has_cuda", lambda path: False)
+    assert choose_backend(bundle, "cuda", True) == ("torch", "the bundle's op library was built without CUDA")
 
 
 def test_cuda_graphs_are_for_a_gpu(bundles) -> None:

@@ -69,7 +69,9 @@ def _on_gpu(query: Tensor) -> bool:
 
 def _params(query: Tensor, attributes: Attributes) -> Params:
     batch, length, hidden = query.shape
-    return kernel.make_params(attributes, _DTYPES[query.dtype], batch, length, hidden // attributes.num_heads)
+    exact = query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    head_size, mode = hidden // attributes.num_heads, "fma" if exact else "tf32x3"
+    return kernel.make_params(attributes, _DTYPES[query.dtype], batch, length, head_size, float32_mode=mode)
 
 
 def _workspace(params: Params, query: Tensor) -> Tensor:

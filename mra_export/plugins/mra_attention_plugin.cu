@@ -11,12 +11,14 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <new>
 
 #include "mra_attention.h"
+#include "mra_attention_params.h"
 
 namespace mra {
 
@@ -472,6 +474,12 @@ class MraAttentionPluginCreator final : public nvinfer1::IPluginCreatorV3One {
                                     nvinfer1::TensorRTPhase) noexcept override {
     MraAttentionParams attributes{};
     if (!Read(collection, &attributes)) return nullptr;
+    attributes.float32_mode = mra::Float32ModeFromEnvironment();
+    if (attributes.float32_mode < 0) {
+      LogError("the environment variable MRA_ATTENTION_FLOAT32 is %s: set it to fma or tf32x3, or unset it",
+               std::getenv("MRA_ATTENTION_FLOAT32"));
+      return nullptr;
+    }
     nvinfer1::IPluginV3* plugin = new (std::nothrow) MraAttentionPlugin(attributes);
     if (plugin == nullptr) LogError("out of memory: the plugin could not be created");
     return plugin;

@@ -245,6 +245,23 @@ def test_the_gpu_path_on_the_emulated_kernels(dtype: torch.dtype, monkeypatch: p
         torch.testing.assert_close(a.double(), b, atol=2 * rounding * float(b.abs().max()), rtol=2 * rounding)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "mode"),
+    [
+        (torch.float32, "highest", "fma"),
+        (torch.float32, "high", "tf32x3"),
+        (torch.float32, "medium", "tf32x3"),
+        (torch.bfloat16, "high", "fma"),
+    ],
+)
+def test_a_gpu_takes_torchs_float32_precision(
+    dtype: torch.dtype, precision: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    params = compiled._params(inputs(dtype)[0], ATTRIBUTES)
+    assert params.float32_mode == kernel.FLOAT32_MODES[mode]
+
+
 def test_a_gpu_without_a_kernel_is_told_of_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     compiled._takes_gpu.cache_clear()
     monkeypatch.setattr(compiled.libraries, "require", lambda name: Path("libmra_attention.so"))

@@ -116,6 +116,22 @@ def test_no_memory_for_the_workspace_is_an_error(adapter: Any) -> None:
     assert adapter.host_take_events().decode().split() == ["allocator", "stream", "scratch", "released"]
 
 
+def test_float32_products_are_chosen_by_the_environment(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_case(Attributes(2, 9, 0.25), batch=2, length=140, head_size=16, masking="holes")
+    monkeypatch.setenv("MRA_ATTENTION_FLOAT32", "fma")
+    said, exact = host_run(adapter, made, 1)
+    assert said == ""
+    assert exact.tobytes() == emulated.attention(*made.arrays, made.attributes).tobytes()
+    monkeypatch.setenv("MRA_ATTENTION_FLOAT32", "tf32x3")
+    said, context = host_run(adapter, made, 1)
+    assert said == ""
+    np.testing.assert_allclose(context, exact, atol=1e-4)
+    for wrong in ("tf32", ""):
+        monkeypatch.setenv("MRA_ATTENTION_FLOAT32", wrong)
+        with pytest.raises(Exception, match=rf"layer\.0': .*MRA_ATTENTION_FLOAT32 is '{wrong}': set it to fma or tf32x3"):
+            session(adapter, model(num_heads=2, num_blocks=5, scale=0.25))
+
+
 @pytest.mark.skipif(libraries.find("ort_ops") is None, reason="libmra_ort is not built: pip install -e .")
 def test_nothing_is_left_when_the_library_is_unloaded(adapter: Any) -> None:
     counts = (ctypes.c_int * 2)(-1, -1)

@@ -296,6 +296,18 @@ def test_fields_as_the_onnx_parser_passes_them(driver: Driver) -> None:
     driver.destroy(plugin)
 
 
+def test_float32_products_are_chosen_by_the_environment(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in ("fma", "tf32x3"):
+        monkeypatch.setenv("MRA_ATTENTION_FLOAT32", asked)
+        plugin = driver.create_raw(fields())
+        assert plugin is not None
+        driver.destroy(plugin)
+    monkeypatch.setenv("MRA_ATTENTION_FLOAT32", "tf32")
+    assert driver.create_raw(fields()) is None
+    (logged,) = driver.messages()
+    assert "MRA_ATTENTION_FLOAT32 is tf32: set it to fma or tf32x3, or unset it" in logged
+
+
 BAD_FIELDS = {
     "unknown": ([*fields(), FieldValue("window", INT32, 4)], "field window is unknown"),
     "plugin version": ([*fields(), FieldValue("plugin_version", CHAR, b"1")], "field plugin_version is unknown"),

@@ -1,8 +1,16 @@
 #include "mra_attention_params.h"
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
 
 namespace mra {
+
+int32_t Float32ModeFromEnvironment() {
+  const char* asked = getenv("MRA_ATTENTION_FLOAT32");
+  if (asked == nullptr || strcmp(asked, "fma") == 0) return MRA_FLOAT32_FMA;
+  return strcmp(asked, "tf32x3") == 0 ? static_cast<int32_t>(MRA_FLOAT32_TF32X3) : -1;
+}
 
 MraStatus CheckParams(const MraAttentionParams* params) {
   if (params == nullptr) return MRA_ERROR_NULL_POINTER;

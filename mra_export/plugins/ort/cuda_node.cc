@@ -2,9 +2,11 @@
 // copied, and no memory but ONNX Runtime's own is used, so a call may be part of a CUDA graph that the session captures.
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "mra_attention.h"
+#include "mra_attention_params.h"
 #include "node.h"
 
 namespace mra_ort {
@@ -48,6 +50,12 @@ class Workspace {
 class CudaNode final : public Node {
  public:
   CudaNode(const OrtApi& api, const OrtKernelInfo* info, MraDtype dtype) : Node(api, info, dtype) {
+    const int32_t mode = mra::Float32ModeFromEnvironment();
+    if (mode < 0) {
+      Fail(ORT_INVALID_ARGUMENT, name() + ": the environment variable MRA_ATTENTION_FLOAT32 is '" +
+                                     std::getenv("MRA_ATTENTION_FLOAT32") + "': set it to fma or tf32x3, or unset it");
+    }
+    set_float32_mode(mode);
     // Of the provider that runs the node, and so with its device, whatever ONNX Runtime calls it.
     Check(api, api.KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
   }

@@ -44,6 +44,7 @@ class Node {
   // Throws Failure unless status is MRA_OK. detail: what else is known, or "".
   void CheckKernel(MraStatus status, const Call& call, const std::string& detail = "") const;
   const std::string& name() const { return name_; }
+  void set_float32_mode(int32_t mode) { params_.float32_mode = mode; }
 
  private:
   const void* ReadInput(OrtKernelContext* context, size_t index, std::vector<int64_t>* shape) const;
