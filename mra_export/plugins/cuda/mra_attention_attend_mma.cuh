@@ -287,6 +287,7 @@ __device__ __forceinline__ void StoreRows(const Problem& p, int64_t first_token,
     if constexpr (kVector) {
       *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
     } else {
+#pragma unroll 1
       for (int e = 0; e < 8 && 8 * chunk + e < p.head_size; ++e) to[e] = reinterpret_cast<const T*>(from)[e];
     }
   }
