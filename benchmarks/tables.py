@@ -154,7 +154,7 @@ def load_table(results: Results) -> str:
         times = results.get("times_the_naive_throughput", {}).get(name)
         cells = [SERVERS[name], f"{best['throughput']:.0f}", *(f"{best[key]:.0f}" for key in ("p50_ms", "p95_ms", "p99_ms"))]
         cells += [f"{best['answered'] / calls:.2f}" if calls else "-", f"{times:.2f}" if times else "-"]
-        lines.append([*cells, f"{server['closed_loop']:.0f}"])
+        lines.append([*cells, f"{server['closed_loop']:.0f}" if "closed_loop" in server else "-"])
     header = [
         "server",
         "requests/s",

@@ -142,7 +142,7 @@ WRONG_ATTRIBUTES = {
     "first negative": ({"initial_prior_first_n_blocks": -1}, "negative: both must be 0 or more"),
     "diagonal negative": ({"initial_prior_diagonal_n_blocks": -2}, "negative: both must be 0 or more"),
     "first list": ({"initial_prior_first_n_blocks": [1, 2]}, "attribute initial_prior_first_n_blocks is of type list"),
-    "padding_invariant": ({"padding_invariant": 2}, "padding_invariant is neither 0 nor 1"),
+    "padding_invariant": ({"padding_invariant": 2}, "padding_invariant must be 0 or 1"),
     "padding_invariant floats": ({"padding_invariant": [0.5]}, "attribute padding_invariant is of type list"),
 }
 

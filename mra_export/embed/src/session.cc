@@ -119,7 +119,7 @@ MraSession* Open(const char* path, const MraSessionOptions& options) {
   if (options.device_index < 0) refuse("device_index is " + std::to_string(options.device_index) + ": it must be 0 or more");
   const std::string engine = TextOr(options.engine, "");
   if (!tensorrt && (!engine.empty() || options.allow_embedded_plugin)) {
-    refuse("engine, allow_embedded_plugin and cuda_graphs are for backend 'tensorrt'");
+    refuse("engine and allow_embedded_plugin are for backend 'tensorrt'");
   }
   Bundle bundle = Bundle::Load(path, options.verify_hashes != 0);
   if (tensorrt && (!options.use_op_library || options.intra_op_threads != 0)) {
