@@ -183,7 +183,8 @@ __device__ __forceinline__ void AttendTile(float factor, const QueryFragments<T,
   }
 }
 
-// Stores this chunk's state; true in the CTA that is the row's last to do so, after reading all chunks back, merged in order.
+// MergeChunks for the layout of the products' results, and sixteen numbers at a time: with all on their way at once the widest
+// kernel spills, and the others hold fewer CTAs.
 template <int kDims>
 __device__ __forceinline__ bool MergeMmaChunks(const Problem& p, int64_t head, const WorkItem& item, int32_t* is_last,
                                                MmaState<kDims>* state) {
