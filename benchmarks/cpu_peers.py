@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +12,7 @@ import onnx
 import onnx.helper
 import onnxruntime as ort
 import torch
+from measure import TimeIsUp, time_limit
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -164,28 +163,10 @@ def _compiled(problem: Problem, function: Callable[..., Any], *arguments: Any) -
         return context
 
     try:
-        with _time_limit(problem.compile_seconds):
+        with time_limit(problem.compile_seconds):
             call()
-    except _TimeIsUp as error:
+    except TimeIsUp as error:
         raise LeftOutError(f"torch.compile took more than {problem.compile_seconds:g} s") from error
     except Exception as error:
         raise LeftOutError(f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     return call
-
-
-class _TimeIsUp(BaseException):
-    """Not an Exception: the compiler catches those."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def stop(signum: int, frame: object) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

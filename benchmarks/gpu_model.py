@@ -227,7 +227,8 @@ class Benchmark:
     def _contestant(self, setup: Setup, name: str, opened: dict[str, Run | str], ids: Any, mask: Any) -> Any:
         """opened: what was opened for an earlier batch, or why it could not be."""
         import torch
-        from gpu_measure import Contestant, TimeIsUp, first_line, time_limit
+        from gpu_measure import Contestant, first_line
+        from measure import TimeIsUp, time_limit
 
         contestant = Contestant(name, capturable=name in ("mra torch", "dense torch"))
         if time.monotonic() > self.until:

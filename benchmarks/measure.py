@@ -1,13 +1,15 @@
-"""What the benchmarks share: times, and on the CPU calls that take turns, the machine, what a large matrix product reaches."""
+"""What the benchmarks share: times, a limit to them, calls that take turns, the machine, what a large matrix product reaches."""
 
 from __future__ import annotations
 
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -110,3 +112,23 @@ def machine() -> dict[str, object]:
         **versions,
         "commit": commit or "unknown",
     }
+
+
+class TimeIsUp(BaseException):
+    """Not an Exception: the compiler catches those."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeIsUp where the block takes longer. In the main thread only."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from mra_export.errors import BundleError
 
@@ -61,3 +65,13 @@ def bundle(kind: str, shared: Path, own: Path) -> Path:
             if not (target / "manifest.json").exists():  # else another worker was faster
                 raise
     return target
+
+
+def put_empty_op_library(target: Path, scratch: Path) -> None:
+    """Build at `target` a library that ONNX Runtime loads and that brings no operator. Skips without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = scratch / "empty.c"
+    source.write_text("void* RegisterCustomOps(void* options, void* api) { (void)options; (void)api; return 0; }")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(target), str(source)], check=True)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exported import put_empty_op_library
 
 from mra_export.bundle import GOLDEN, OP_LIBRARY, WEIGHTS, Bundle, file_entry, write_golden
 from mra_export.errors import BackendError, BundleError, ContractError, ParityError, PluginLoadError
@@ -368,14 +369,7 @@ def test_a_library_that_does_not_load_is_named(copied) -> None:
 
 
 def test_a_library_without_the_operator_is_refused_although_the_function_body_could_run(copied, tmp_path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    import subprocess
-
-    source = tmp_path / "empty.c"
-    source.write_text("void* RegisterCustomOps(void* options, void* api) { (void)options; (void)api; return 0; }")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(copied / OP_LIBRARY), str(source)], check=True)
+    put_empty_op_library(copied / OP_LIBRARY, tmp_path)
     rewrite_manifest(copied)
     with pytest.raises(PluginLoadError, match=r"brings no mra\.MraAttention for fp32 on cpu"):
         MraRuntime.load(copied, "onnxruntime")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from exported import put_empty_op_library
 from session_library import Session
 
 from mra_export import gpu, tensorrt_api
@@ -174,12 +174,7 @@ def test_a_library_that_does_not_load(copied) -> None:
 
 
 def test_a_library_without_the_operator(copied, tmp_path) -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    source = tmp_path / "empty.c"
-    source.write_text("void* RegisterCustomOps(void* options, void* api) { (void)options; (void)api; return 0; }")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(copied / OP_LIBRARY), str(source)], check=True)
+    put_empty_op_library(copied / OP_LIBRARY, tmp_path)
     edit(copied, lambda _: None, relist=True)
     assert "brings no mra.MraAttention for fp32 on cpu" in both_refuse(copied)
 

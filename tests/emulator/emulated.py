@@ -121,6 +121,14 @@ def aligned_bytes(size: int, fill: int) -> np.ndarray:
     return memory[start : start + size]
 
 
+def moved(array: np.ndarray, by: int) -> np.ndarray:
+    """A copy that begins `by` bytes after a multiple of ALIGNMENT."""
+    memory = aligned_bytes(array.nbytes + by, 0)[by:]
+    copy = memory.view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
 def attention(
     query: np.ndarray,
     key: np.ndarray,

@@ -37,14 +37,6 @@ def test_head_sizes(head_size, approx_mode, mode):
     check_values(case.arrays, attributes, 3, mode)
 
 
-def moved(array: np.ndarray, by: int) -> np.ndarray:
-    """A copy that begins `by` bytes after a multiple of 64."""
-    memory = emulated.aligned_bytes(array.nbytes + by, 0)[by:]
-    copy = memory.view(array.dtype).reshape(array.shape)
-    copy[:] = array
-    return copy
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("head_size", [32, 64, 128, 256])
 @pytest.mark.parametrize("which", range(3))
@@ -52,8 +44,8 @@ def test_tensors_at_any_address(which, head_size, mode):
     """One tensor that begins 4 bytes off, as a view may: the bits are those of aligned tensors."""
     attributes = Attributes(1, 7, 0.125)
     arrays = list(oracles.make_case(attributes, 1, 130, head_size, "holes", seed=2).arrays)
-    want = emulated.attention(*[moved(array, 0) for array in arrays], attributes, float32_mode=mode)
-    arrays[which] = moved(arrays[which], 4)
+    want = emulated.attention(*[emulated.moved(array, 0) for array in arrays], attributes, float32_mode=mode)
+    arrays[which] = emulated.moved(arrays[which], 4)
     got = emulated.attention(*arrays, attributes, float32_mode=mode)
     if head_size == 32:  # the kernel for single elements is 64 wide and sums in another order
         np.testing.assert_allclose(got, want, atol=1e-5)

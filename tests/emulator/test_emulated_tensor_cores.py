@@ -25,22 +25,14 @@ def test_head_sizes(head_size, mode, dtype):
     check_values(arrays, attributes)
 
 
-def moved(array: np.ndarray, by: int) -> np.ndarray:
-    """A copy that begins `by` bytes after a multiple of 64."""
-    memory = emulated.aligned_bytes(array.nbytes + by, 0)[by:]
-    copy = memory.view(array.dtype).reshape(array.shape)
-    copy[:] = array
-    return copy
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", range(3))
 def test_tensors_at_any_address(which, dtype):
     """One tensor that begins 2 bytes off, as a view may: the bits are those of aligned tensors."""
     attributes = Attributes(1, 7, 0.125)
     arrays = list(as_dtype(oracles.make_case(attributes, 1, 130, 64, "holes", seed=2), dtype))
-    want = emulated.attention(*[moved(array, 0) for array in arrays], attributes)
-    arrays[which] = moved(arrays[which], 2)
+    want = emulated.attention(*[emulated.moved(array, 0) for array in arrays], attributes)
+    arrays[which] = emulated.moved(arrays[which], 2)
     got = emulated.attention(*arrays, attributes)
     np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import emulated
+import gpu_scripts
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[1] / "gpu" / "kernel_check.py"
+from gpu_scripts import run
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPT.parent)
-        yield importlib.import_module(SCRIPT.stem)
-
-
-def run(script: ModuleType, *arguments: str) -> tuple[int, str]:
-    emulated.library().mra_emulation_seed(5)
-    lines: list[str] = []
-    return script.main(["--device", "cpu", "--library", str(emulated.build()), *arguments], lines.append), "".join(lines)
+    yield from gpu_scripts.loaded("kernel_check")
 
 
 def test_all_checks_pass_on_the_emulated_kernels(script):
