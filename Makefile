@@ -35,7 +35,7 @@ help: ## This list.
 
 .venv/installed: .venv/packages .venv/tensorrt $(SOURCES)
 	@echo "Building the op libraries and installing mra_export"
-	@export CUDACXX="$${CUDACXX:-$$(ls .venv/lib/python*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)}"; \
+	@export CUDACXX="$${CUDACXX:-$$(ls "$(CURDIR)"/.venv/lib/python*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)}"; \
 	  [ -n "$$CUDACXX" ] || unset CUDACXX; $(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
 
