@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <cmath>
+
 namespace amx_emulation {
 
 struct State {
@@ -65,13 +67,16 @@ inline void Store(int t, void* base, int64_t stride) {
   }
 }
 
+// The instruction takes denormals as zeros, of its inputs and of its sums.
+inline float Flush(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+
 inline float Widen(const uint8_t* bytes) {
   uint16_t half;
   memcpy(&half, bytes, 2);
   const uint32_t bits = uint32_t{half} << 16;
   float value;
   memcpy(&value, &bits, 4);
-  return value;
+  return Flush(value);
 }
 
 // c (m x n float) += a (m x 2k bfloat16) times b (k rows of n pairs).
@@ -86,6 +91,7 @@ inline void Multiply(int c, int a, int b) {
         memcpy(&sum, state.tiles[c][m] + 4 * n, 4);
         sum += Widen(state.tiles[a][m] + 4 * k) * Widen(state.tiles[b][k] + 4 * n);
         sum += Widen(state.tiles[a][m] + 4 * k + 2) * Widen(state.tiles[b][k] + 4 * n + 2);
+        sum = Flush(sum);
         memcpy(state.tiles[c][m] + 4 * n, &sum, 4);
       }
     }

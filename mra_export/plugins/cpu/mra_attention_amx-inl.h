@@ -33,8 +33,10 @@ struct HWY_ALIGN TileConfig {
 };
 
 MRA_USES_TILES inline void LoadTileConfig() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  // Static: GCC 12 takes the instruction to read one pointer's worth, and would drop what fills the rest of a variable on the
+  // stack.
+  static constexpr TileConfig kConfig;
+  _tile_loadconfig(&kConfig);
 }
 MRA_USES_TILES inline void ReleaseTiles() { _tile_release(); }
 
