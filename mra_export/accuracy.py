@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mra_export import corpus
-from mra_export.bundle import Arrays, Bundle
+from mra_export.bundle import Bundle
 from mra_export.errors import ContractError
+from mra_export.golden_file import Arrays
 from mra_export.parity import FAIL, PASS, SKIP, Row
 from mra_export.text import Tokenizer
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mra_export import corpus
-from mra_export.bundle import Arrays
+
 from mra_export.errors import ContractError
+from mra_export.golden_file import Arrays
 from mra_export.onnx_model import Signature
 from mra_export.text import Tokenizer, has_tokenizer
 

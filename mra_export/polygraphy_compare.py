@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mra_export.bundle import Arrays, Bundle
+from mra_export.bundle import Bundle
 from mra_export.contract import TOLERANCES
+from mra_export.golden_file import Arrays
 from mra_export.parity import FAIL, FREE_SHARE, PASS, SKIP, Row
 from mra_export.runtime import MraRuntime, real_positions
 

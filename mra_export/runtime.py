@@ -21,6 +21,7 @@ from mra_export.backends import CudaBackend, TokenBackend
 from mra_export.bundle import MODEL, OP_LIBRARY, Bundle
 from mra_export.contract import INT8, TOLERANCES, float_dtype
 from mra_export.errors import BackendError, ContractError, ParityError
+from mra_export.golden_file import parts as golden_parts
 from mra_export.inputs import InputSpec, Integers, check_tokens, is_torch, like
 
 if TYPE_CHECKING:
@@ -180,12 +181,23 @@ class MraRuntime:
                 continue
             actual = self.run(**inputs)
             for name, wanted in expected.items():
+                if name not in actual:
+                    rows.append(parity.Row("golden", self.backend, dtype, case, name, parity.FAIL, "this output is missing"))
+                    continue
                 keep = real_positions(self.bundle, name, inputs)
-                rows.append(
-                    parity.judge("golden", self.backend, dtype, case, name, actual[name], wanted, tolerance, keep=keep, free=True)
-                    if name in actual
-                    else parity.Row("golden", self.backend, dtype, case, name, parity.FAIL, "this output is missing")
-                )
+                try:
+                    parts = list(golden_parts(actual[name], wanted))
+                except ValueError as error:
+                    rows.append(parity.Row("golden", self.backend, dtype, case, name, parity.FAIL, str(error), tolerance))
+                    continue
+                rows += [
+                    parity.judge(
+                        *("golden", self.backend, dtype, f"{case}{words}", name, found, right, tolerance),
+                        keep=keep if every_token else None,
+                        free=True,
+                    )
+                    for words, found, right, every_token in parts
+                ]
         return rows
 
     def close(self) -> None:

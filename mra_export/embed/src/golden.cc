@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <tuple>
 
 #include "failure.h"
 #include "npz.h"
@@ -21,35 +22,72 @@ double Tolerance(const std::string& dtype) {
   return dtype == "fp32" ? 2e-3 : dtype == "fp16" ? 1e-1 : dtype == "bf16" ? 5e-1 : 1.0;
 }
 
+// What is kept of an output. tokens: those of the rows, numbered through (batch, length); columns: the values that are kept of
+// every token; at most one of the two, none for a whole output.
+struct Part {
+  std::string name;
+  std::string words;  // for the row's name
+  Array array;
+  std::vector<int64_t> tokens, columns;
+};
+
 struct Batch {
   std::map<std::string, Array> inputs;
-  std::vector<std::pair<std::string, Array>> outputs;  // in the file's order
+  std::vector<Part> outputs;  // whole ones in the file's order, then each sampled one's two parts
 };
+
+// golden_file.Sampled: "tokens" and "rows", "columns" and "values" of one output.
+void AddSampled(std::map<std::string, std::map<std::string, Array>> arrays, Batch* batch) {
+  for (auto& [name, rows] : arrays["rows"]) {
+    for (const auto& [side, chosen, what] :
+         {std::tuple{"rows", "tokens", " tokens"}, std::tuple{"values", "columns", " values a token"}}) {
+      auto& of_side = arrays[side];
+      const auto array = of_side.find(name);
+      const auto indices = arrays[chosen].find(name);
+      if (array == of_side.end() || indices == arrays[chosen].end()) throw NpzError(name + " has no " + side + " or no " + chosen);
+      const Array& index = indices->second;
+      const std::vector<int64_t>& shape = array->second.shape;
+      const std::vector<int64_t> numbers = index.descr == "<i8" ? index.As<int64_t>() : std::vector<int64_t>();
+      const int64_t axis = shape.empty() ? 0 : side == std::string("rows") ? shape.front() : shape.back();
+      if (numbers.empty() || index.shape.size() != 1 || axis != index.shape[0] ||
+          *std::min_element(numbers.begin(), numbers.end()) < 0)
+        throw NpzError(std::string(chosen) + " of " + name + " do not fit its " + side);
+      Part part{name, ", " + std::to_string(numbers.size()) + what, array->second, {}, {}};
+      (side == std::string("rows") ? part.tokens : part.columns) = numbers;
+      batch->outputs.push_back(std::move(part));
+    }
+  }
+}
 
 std::map<int, Batch> ReadBatches(const Bundle& bundle) {
   const std::string path = bundle.File(kGolden);
   std::map<int, Batch> batches;
+  std::map<int, std::map<std::string, std::map<std::string, Array>>> sampled;
   try {
     for (auto& [key, array] : ReadNpz(path)) {
       const size_t first = key.find('/'), second = key.find('/', first + 1);
       if (second == std::string::npos) throw NpzError("array " + Quoted(key) + " is not side/batch/name");
       const std::string side = key.substr(0, first), name = key.substr(second + 1);
-      Batch& batch = batches[std::stoi(key.substr(first + 1, second - first - 1))];
+      const int number = std::stoi(key.substr(first + 1, second - first - 1));
+      Batch& batch = batches[number];
       if (side == "inputs") {
         batch.inputs[name] = std::move(array);
       } else if (side == "outputs") {
-        batch.outputs.emplace_back(name, std::move(array));
+        batch.outputs.push_back({name, "", std::move(array), {}, {}});
+      } else if (side == "tokens" || side == "rows" || side == "columns" || side == "values") {
+        sampled[number][side][name] = std::move(array);
       } else {
         throw NpzError("array " + Quoted(key) + " belongs to neither inputs nor outputs");
       }
     }
+    for (auto& [number, arrays] : sampled) AddSampled(std::move(arrays), &batches[number]);
     for (const auto& [index, batch] : batches) {
       if (batch.inputs.count("input_ids") == 0) throw NpzError("batch " + std::to_string(index) + " has no input_ids");
       for (const auto& [name, array] : batch.inputs) {
         if (array.descr != "<i8") throw NpzError(name + " is of type " + array.descr + ", not int64");
       }
-      for (const auto& [name, array] : batch.outputs) {
-        if (array.descr != "<f4") throw NpzError(name + " is of type " + array.descr + ", not float32");
+      for (const Part& part : batch.outputs) {
+        if (part.array.descr != "<f4") throw NpzError(part.name + " is of type " + part.array.descr + ", not float32");
       }
     }
   } catch (const std::exception& error) {
@@ -105,19 +143,42 @@ std::string Text(const char* format, double first, double second) {
   return text;
 }
 
-void Judge(const Manifest& manifest, const Output& actual, const Array& expected, const Array* mask, GoldenResult* row) {
-  const std::vector<float> wanted = expected.As<float>();
-  if (actual.shape != expected.shape) {
-    row->reason = "shape " + ShapeText(actual.shape) + ", expected " + ShapeText(expected.shape);
-    return;
+// The shape that the actual output must have for this part of it to be comparable, or why there is none.
+bool Fits(const Output& actual, const Part& part, std::string* reason) {
+  const std::vector<int64_t>& shape = actual.shape;
+  if (!part.tokens.empty() || !part.columns.empty()) {
+    const int64_t token = part.tokens.empty() ? 0 : *std::max_element(part.tokens.begin(), part.tokens.end());
+    const int64_t column = part.columns.empty() ? 0 : *std::max_element(part.columns.begin(), part.columns.end());
+    if (shape.size() != 3 || token >= shape[0] * shape[1] || column >= shape[2]) {
+      *reason = "shape " + ShapeText(shape) + " has no token " + std::to_string(token) + " or no value " + std::to_string(column);
+      return false;
+    }
   }
+  std::vector<int64_t> found = shape;
+  if (!part.tokens.empty()) found = {static_cast<int64_t>(part.tokens.size()), shape[2]};
+  if (!part.columns.empty()) found.back() = static_cast<int64_t>(part.columns.size());
+  if (found != part.array.shape) *reason = "shape " + ShapeText(found) + ", expected " + ShapeText(part.array.shape);
+  return found == part.array.shape;
+}
+
+// Where value `index` of the part stands in the actual output.
+size_t Place(const Output& actual, const Part& part, size_t index) {
+  const size_t width = actual.shape.empty() ? 1 : static_cast<size_t>(actual.shape.back());
+  if (!part.tokens.empty()) return static_cast<size_t>(part.tokens[index / width]) * width + index % width;
+  const size_t kept = part.columns.size();
+  return kept == 0 ? index : index / kept * width + static_cast<size_t>(part.columns[index % kept]);
+}
+
+void Judge(const Manifest& manifest, const Output& actual, const Part& part, const Array* mask, GoldenResult* row) {
+  const std::vector<float> wanted = part.array.As<float>();
+  if (!Fits(actual, part, &row->reason)) return;
   std::vector<int64_t> keep;  // over the leading axes; empty: all
-  if (mask != nullptr && PerToken(manifest, actual.name)) keep = mask->As<int64_t>();
+  if (mask != nullptr && part.tokens.empty() && PerToken(manifest, actual.name)) keep = mask->As<int64_t>();
   const size_t per_place = keep.empty() ? 1 : wanted.size() / keep.size();
   std::vector<float> needs;
   size_t nan = 0, infinite = 0;
   for (size_t index = 0; index < wanted.size(); ++index) {
-    const float found = ToFloat32(actual, index), right = wanted[index];
+    const float found = ToFloat32(actual, Place(actual, part, index)), right = wanted[index];
     nan += std::isnan(found) + std::isnan(right);
     infinite += std::isinf(found) + std::isinf(right);
     if (!keep.empty() && keep[index / per_place] == 0) continue;
@@ -134,9 +195,9 @@ void Judge(const Manifest& manifest, const Output& actual, const Array& expected
     row->reason = "nothing to compare: no position is kept";
     return;
   }
-  const size_t rank = actual.shape.size(),
+  const size_t rank = part.array.shape.size(),
                kept_axes = keep.empty() ? std::max<size_t>(rank, 2) - 1 : manifest.inputs[0].axes.size();
-  row->needed = FreeTolerance(needs, rank > kept_axes ? static_cast<size_t>(actual.shape.back()) : 1);
+  row->needed = FreeTolerance(needs, rank > kept_axes ? static_cast<size_t>(part.array.shape.back()) : 1);
   if (row->needed <= row->tolerance) {
     row->status = "pass";
   } else {
@@ -189,15 +250,17 @@ std::vector<GoldenResult> CompareGolden(const Bundle& bundle, const Backend& bac
     }
     const std::vector<Output> outputs = backend.Run(Prepare(bundle.manifest, inputs.data(), inputs.size()));
     const auto mask = batch.inputs.find("attention_mask");
-    for (const auto& [name, expected] : batch.outputs) {
-      row.output = name;
+    const std::string batch_name = row.name;
+    for (const Part& part : batch.outputs) {
+      row.name = batch_name + part.words;
+      row.output = part.name;
       row.status = "fail";
       row.reason = "this output is missing";
       row.max_abs = row.needed = 0;
       for (const Output& output : outputs) {
-        if (output.name != name) continue;
+        if (output.name != part.name) continue;
         row.reason.clear();
-        Judge(bundle.manifest, output, expected, mask == batch.inputs.end() ? nullptr : &mask->second, &row);
+        Judge(bundle.manifest, output, part, mask == batch.inputs.end() ? nullptr : &mask->second, &row);
       }
       rows.push_back(row);
     }
