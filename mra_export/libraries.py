@@ -27,7 +27,7 @@ GET = {
     "ort_ops": _GET_CPU,
     "trt_plugin": "`pip install .` in the repository with an nvcc on PATH (or CUDACXX set) and TensorRT's headers (TENSORRT_ROOT)",
     "trt_register": _GET_CPU,
-    "session": "`pip install .` in the repository with nlohmann-json (Debian, Ubuntu: apt install nlohmann-json3-dev)",
+    "session": _GET_CPU,
 }
 """Name of a library -> the command that gets it."""
 

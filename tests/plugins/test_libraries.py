@@ -23,6 +23,11 @@ def test_found_by_absolute_path_under_the_package(tmp_path: Path, monkeypatch: p
     assert libraries.require("kernels").is_absolute()
 
 
+@pytest.mark.parametrize("name", ["kernels", "ort_ops", "trt_register", "session"])
+def test_what_needs_only_a_compiler_is_always_built(name: str) -> None:
+    assert libraries.require(name).is_file()
+
+
 @pytest.mark.parametrize(("name", "file"), libraries.FILES.items())
 def test_missing_library_names_file_place_and_command(
     name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,3 +72,13 @@ def test_the_onnxruntime_of_python_is_found_without_loading_it(monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PluginLoadError, match="onnxruntime is not installed: pip install onnxruntime"):
         libraries.onnxruntime_library()
+
+
+def test_third_party_sources_come_with_licence_and_origin() -> None:
+    folder = Path(__file__).resolve().parents[2] / "mra_export" / "plugins" / "third_party"
+    table = (folder / "README.md").read_text()
+    parts = [path.name for path in folder.iterdir() if path.is_dir()]
+    assert {"highway", "json", "onnxruntime"} <= set(parts)
+    for name in parts:
+        assert (folder / name / "LICENSE").read_text().strip(), name
+        assert f"| `{name}` |" in table
