@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mra_export import corpus
-
 from mra_export.errors import ContractError
 from mra_export.golden_file import Arrays
 from mra_export.onnx_model import Signature

@@ -1,9 +1,9 @@
 """golden.npz: a bundle's golden batches, and PyTorch's float32 answers to them.
 
-    inputs/<batch>/<name>     what goes in
-    outputs/<batch>/<name>    a whole output, or of an output that would fill megabytes:
-      rows/<batch>/<name>       (chosen, width)            with tokens/<batch>/<name>   (chosen,)  these tokens, every value
-      values/<batch>/<name>     (batch, length, chosen)    with columns/<batch>/<name>  (chosen,)  every token, these values
+inputs/<batch>/<name>     what goes in
+outputs/<batch>/<name>    a whole output, or of an output that would fill megabytes:
+  rows/<batch>/<name>       (chosen, width)            with tokens/<batch>/<name>   (chosen,)  these tokens, every value
+  values/<batch>/<name>     (batch, length, chosen)    with columns/<batch>/<name>  (chosen,)  every token, these values
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from exported import put_empty_op_library
 
 from mra_export.bundle import GOLDEN, OP_LIBRARY, WEIGHTS, Bundle, file_entry, write_golden
 from mra_export.errors import BackendError, BundleError, ContractError, ParityError, PluginLoadError
+from mra_export.golden_file import Sampled
 from mra_export.parity import PASS
 from mra_export.runtime import MraRuntime
 from mra_export.token_graph import choose_tokens
@@ -59,6 +61,7 @@ def rewrite_manifest(folder: Path, **fields) -> None:
         ("fp32", "onnxruntime", False),
         ("fp32", "torch", False),
         ("answers", "onnxruntime", False),
+        ("wide", "onnxruntime", True),
     ],
 )
 def test_every_backend_gives_the_golden_outputs(bundles, kind, backend, library) -> None:
@@ -390,6 +393,44 @@ def test_validate_fails_where_the_golden_outputs_differ(copied) -> None:
     rewrite_manifest(copied)
     with MraRuntime.load(copied) as runtime, pytest.raises(ParityError, match="NaN"):
         runtime.validate()
+
+
+def edited(monkeypatch, runtime: MraRuntime, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """The backend's logits of texts of 33 tokens are changed."""
+    run = runtime._running.run
+
+    def wrong(inputs):
+        answers = run(inputs)
+        return {name: change(array.copy()) if array.shape[1] == 33 else array for name, array in answers.items()}
+
+    monkeypatch.setattr(runtime._running, "run", wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: logits[::-1], "needs a tolerance"),
+        (lambda logits: np.roll(logits, 1, axis=1), "needs a tolerance"),
+        (lambda logits: np.roll(logits, 1, axis=2), "needs a tolerance"),
+        (lambda logits: logits * 1.01, "needs a tolerance"),
+        (lambda logits: np.where(np.arange(33)[:, None] == 17, np.nan, logits), "NaN"),
+        (lambda logits: np.where(np.arange(33)[:, None] == 17, logits + 1, logits), "needs a tolerance"),
+        (lambda logits: np.where(np.arange(1000) == 7, logits + 100, logits), "needs a tolerance"),
+        (lambda logits: logits[:, :, :500], r"shape \(2, 33, 500\) has no"),
+        (lambda logits: logits[:, :20], r"has no token|expected"),
+        (lambda logits: np.concatenate([logits, logits], axis=1), "needs a tolerance"),
+    ],
+)
+def test_sampled_golden_outputs_find_what_is_wrong(bundles, monkeypatch, change, message) -> None:
+    """Swapped texts, a shift by a token or by a value, a scale, a wrong token of which no row is kept, a wrong value of all."""
+    with MraRuntime.load(bundles("wide")) as runtime:
+        _, outputs = runtime.bundle.golden()
+        assert isinstance(outputs[1]["logits"], Sampled)
+        assert not set(outputs[1]["logits"].tokens) & {17, 33 + 17}
+        assert [row.case for row in runtime.validate()][2:4] == ["golden 2x33, 6 tokens", "golden 2x33, 128 values a token"]
+        edited(monkeypatch, runtime, change)
+        with pytest.raises(ParityError, match=message):
+            runtime.validate()
 
 
 def test_golden_outputs_that_no_longer_exist_fail(copied) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def tokens(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 261, shape)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "answers", "choices", "classes", "tokens", "features"])
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "wide", "int8", "answers", "choices", "classes", "tokens", "features"])
 def test_golden_rows_are_those_of_python(bundles, kind) -> None:
     with Session(bundles(kind)) as session, MraRuntime.load(bundles(kind), "onnxruntime") as runtime:
         rows, wanted = session.compare_golden(), runtime.compare_golden()
@@ -178,3 +179,50 @@ def test_golden_files_that_are_none_are_refused(copied) -> None:
     relist(copied)
     with Session(copied) as session, pytest.raises(BundleError, match="compressed"):
         session.validate()
+
+
+@pytest.mark.parametrize(
+    ("side", "change"),
+    [
+        ("tokens", lambda array: array + 10**9),
+        ("tokens", lambda array: array - 1),
+        ("tokens", lambda array: array[:-1]),
+        ("tokens", lambda array: array.astype(np.int32)),
+        ("tokens", lambda array: array[:0]),
+        ("columns", lambda array: array + 10**9),
+        ("columns", lambda array: array * 0 - 1),
+        ("columns", lambda array: array[:, None]),
+        ("rows", lambda array: array[:, :3]),
+        ("values", lambda array: array[0]),
+        ("values", None),
+        ("columns", None),
+    ],
+)
+def test_sampled_golden_outputs_that_do_not_fit(bundles, tmp_path, side, change) -> None:
+    """Refused as a file or as an answer, in C++ and in Python, and nothing outside of an array is read."""
+    shutil.copytree(bundles("wide"), tmp_path / "bundle")
+    path = tmp_path / "bundle" / GOLDEN
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    changed = arrays.pop(f"{side}/1/logits")
+    np.savez(path, **arrays, **({} if change is None else {f"{side}/1/logits": change(changed)}))
+    relist(tmp_path / "bundle")
+    for runtime in (MraRuntime.load(tmp_path / "bundle", "onnxruntime"), Session(tmp_path / "bundle")):
+        with runtime, pytest.raises((BundleError, ParityError)):
+            runtime.validate()
+
+
+def test_sampled_golden_outputs_that_differ_are_found(bundles, tmp_path) -> None:
+    shutil.copytree(bundles("wide"), tmp_path / "bundle")
+    for side in ("rows", "values"):
+        inputs, outputs = Bundle.load(bundles("wide")).golden()
+        getattr(outputs[1]["logits"], side)[:] += 1
+        write_golden(tmp_path / "bundle" / GOLDEN, inputs, outputs)
+        relist(tmp_path / "bundle")
+        messages = []
+        for runtime in (MraRuntime.load(tmp_path / "bundle", "onnxruntime"), Session(tmp_path / "bundle")):
+            with runtime, pytest.raises(ParityError) as caught:
+                runtime.validate()
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+        assert ("6 tokens" if side == "rows" else "128 values a token") in messages[0]
