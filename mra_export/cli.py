@@ -270,6 +270,11 @@ def _say_engine(talker: Talker, entry: EngineEntry) -> None:
 )
 @click.option("--force", is_flag=True, help="Overwrite a bundle that is at OUT.")
 @click.option("--no-verify", is_flag=True, help="Publish without comparing the runtimes with PyTorch.")
+@click.option(
+    "--no-weights",
+    is_flag=True,
+    help="Leave model.safetensors out, half of the bundle: for servers. The torch backend and verify need it.",
+)
 @engine_options(("--engine",), "none", ("none",))
 @click.pass_obj
 def export_command(
@@ -285,6 +290,7 @@ def export_command(
     padding_invariant: bool,
     force: bool,
     no_verify: bool,
+    no_weights: bool,
     engine_backend: str,
     **engine: Any,
 ) -> None:
@@ -296,6 +302,7 @@ def export_command(
     Examples:
       mra-export export uw-madison/mra-base-512-4 mra-base
       mra-export export my-checkpoint my-bundle --dtype fp16 --force
+      mra-export export my-checkpoint my-bundle --no-weights
       mra-export export my-checkpoint my-bundle --dtype int8 --calibration some-text/ --evaluate other-text/
       mra-export export my-checkpoint my-bundle --engine tensorrt-rtx --max-shapes input_ids:16x512
     """
@@ -341,6 +348,7 @@ def export_command(
         opset=opset,
         padding_invariant=padding_invariant,
         force=force,
+        weights=not no_weights,
         finish=finish,
         check=None if no_verify else check,
         progress=talker.progress,

@@ -63,7 +63,7 @@ def export_bundle(
     calibration: with int8, a text file or a folder of them, to fix the scales of the activations with; None: each call's own.
     padding_invariant: a sequence gives the same result alone and in any batch (docs/operator.md, "Row maximum").
     force: overwrite a bundle at `out`; anything else there is never touched.
-    weights: also store model.safetensors, which the torch backend and `verify` need.
+    weights: also keep model.safetensors, which the torch backend and `verify` need; `check` always has it.
     finish: called with the folder when it is complete, to add to it and its manifest (a TensorRT engine, say).
     check: called with the finished folder before it is published; its rows become the manifest's parity report.
     progress: told each step in a few words.
@@ -102,8 +102,6 @@ def export_bundle(
         del graph
         tell("write config and weights")
         save_checkpoint(network, folder)
-        if not weights:
-            (folder / bundles.WEIGHTS).unlink()
         tell("compute golden outputs")
         network.float().set_reference_attention(True)
         bundles.write_golden(folder / bundles.GOLDEN, inputs, golden_outputs(network, promised, inputs))
@@ -122,6 +120,10 @@ def export_bundle(
         if check is not None:
             tell("check the bundle")
             manifest.parity = check(folder)
+            bundles.write_manifest(folder, manifest)
+        if not weights:
+            (folder / bundles.WEIGHTS).unlink()
+            del manifest.files[bundles.WEIGHTS]
             bundles.write_manifest(folder, manifest)
         tell(f"publish {out}")
     return Path(out)

@@ -18,7 +18,7 @@ CHOICES = 3
 LONGEST = 512
 _WHOLE_BYTES = 1_500_000
 """Outputs are stored whole up to this size, in all batches together."""
-_COLUMNS = 128
+_COLUMNS = 64
 """Values that are kept of every token of a larger output."""
 
 _TEXT = """\

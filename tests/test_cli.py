@@ -413,3 +413,19 @@ def test_a_reader_that_goes_away_is_no_traceback(bundles) -> None:
     )
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_bundle_for_servers_holds_no_second_copy_of_the_weights(tmp_path) -> None:
+    """It was checked against PyTorch before the weights went, runs, and says what it cannot do."""
+    bundle = tmp_path / "bundle"
+    made = call("export", checkpoint(tmp_path / "checkpoint"), bundle, "--no-weights")
+    assert made.exit_code == 0, made.output
+    loaded = Bundle.load(bundle)
+    assert {row["status"] for row in loaded.manifest.parity} <= {"pass", "skip"}
+    assert "torch" in {row["backend"] for row in loaded.manifest.parity}
+    assert not (bundle / "model.safetensors").exists()
+    assert "model.safetensors" not in loaded.manifest.files
+    answer = call("run", bundle, "--text", "A<mask>")
+    assert answer.exit_code == 0, answer.output
+    refused(call("verify", bundle, "--quick"), 4, "export it again without --no-weights")
+    refused(call("run", bundle, "--backend", "torch", "--text", "A<mask>"), 4, "holds no model.safetensors")

@@ -427,7 +427,7 @@ def test_sampled_golden_outputs_find_what_is_wrong(bundles, monkeypatch, change,
         _, outputs = runtime.bundle.golden()
         assert isinstance(outputs[1]["logits"], Sampled)
         assert not set(outputs[1]["logits"].tokens) & {17, 33 + 17}
-        assert [row.case for row in runtime.validate()][2:4] == ["golden 2x33, 6 tokens", "golden 2x33, 128 values a token"]
+        assert [row.case for row in runtime.validate()][2:4] == ["golden 2x33, 6 tokens", "golden 2x33, 64 values a token"]
         edited(monkeypatch, runtime, change)
         with pytest.raises(ParityError, match=message):
             runtime.validate()

@@ -32,7 +32,10 @@ class TorchBackend:
 
         check_device(device)
         if not (folder / WEIGHTS).is_file():
-            raise BackendError(f"{folder} holds no {WEIGHTS}, which the torch backend and verify need: export it with its weights")
+            raise BackendError(
+                f"{folder} holds no {WEIGHTS}, which the torch backend and verify need: export it again without --no-weights. "
+                "Other backends run it, and MraRuntime.validate() compares them with the PyTorch outputs that it holds"
+            )
         self.device = device
         self._device = torch.device(device)
         with no_progress_bars():
