@@ -78,6 +78,29 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Strictly: a link that leads nowhere, a page outside the navigation or a name that the reference cannot find is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {str(page.relative_to(tmp_path / "site")): page.read_text() for page in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "operator.html", "faq.html", "api/python.html"} <= set(pages)
+    assert not [name for name, text in pages.items() if "```" in text], "a code block that the site does not understand"
+    reference = pages["api/python.html"]
+    assert all(f"mra_export.{name}" in reference for name in ("runtime.MraRuntime.run", "bundle.Bundle.load", "errors.BundleError"))
+    assert "mra_session_run" in re.sub("<[^>]+>", "", pages["api/c.html"])
+
+
+def test_the_faq_quotes_errors_that_exist() -> None:
+    """Each heading below the second level is an error's words, with ... for its values."""
+    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in (ROOT / "mra_export").rglob("*.py")))
+    fixed = re.sub(r"\{[^{}]*\}", "...", sources)
+    for heading in re.findall(r"^### (.+?)(?: \(exit code \d\))?$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE):
+        for part in heading.replace("`", "").split("..."):
+            words = part.strip(" :")
+            assert words in fixed, f"docs/faq.md: no error says {words!r}"
+
+
 def test_examples_are_shipped() -> None:
     assert shutil.which("bash"), "the demo is a bash script"
     subprocess.run(["bash", "-n", str(ROOT / "examples" / "demo.sh")], check=True)
