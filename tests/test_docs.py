@@ -81,7 +81,8 @@ def test_links_lead_somewhere() -> None:
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link that leads nowhere, a page outside the navigation or a name that the reference cannot find is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {str(page.relative_to(tmp_path / "site")): page.read_text() for page in (tmp_path / "site").rglob("*.html")}
     assert {"index.html", "operator.html", "faq.html", "api/python.html"} <= set(pages)

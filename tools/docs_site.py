@@ -1,4 +1,4 @@
-"""mkdocs hooks: README.md is the site's first page, and a page's links to files of the repository lead to copies of them in the site."""
+"""mkdocs hooks: README.md is the first page, and links to files of the repository lead to copies of them in the site."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FRONT = "index.md"
 _TO_REPOSITORY = re.compile(r"\]\(\.\./(?!images/)([^)#\s]+)(#[^)\s]*)?\)")
 _TO_GUIDE = re.compile(r"\]\(docs/")
-_FENCE = re.compile(r"^```(\w+) title=\w+$", re.MULTILINE)  # the titles tell tests/test_docs.py where a block can run
+_FENCE = re.compile(r"^```(\w+) title=[\w-]+$", re.MULTILINE)  # the titles tell tests/test_docs.py where a block can run
 _FROM_README = re.compile(r"\]\((?!docs/|https?:|#)([^)#\s]+)\)")
 
 
@@ -48,8 +48,8 @@ def _place(name: str) -> str:
 def _add_source(files: Files, config: Any, name: str) -> None:
     path, place = ROOT / name, _place(name)
     if path.is_dir():
-        listing = "\n".join(sorted(str(p.relative_to(ROOT)) for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts))
-        place, content = f"{place.rstrip('/')}/files.txt", listing.encode()
+        files_in_it = sorted(str(p.relative_to(ROOT)) for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        place, content = f"{place.rstrip('/')}/files.txt", "\n".join(files_in_it).encode()
     else:
         content = path.read_bytes()
     if files.get_file_from_path(place) is None:
