@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -path '*/examples/*')
+SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -name '*.md' -not -path '*/examples/*')
 OLD := .downloads
 NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
