@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -path '*/examples/*')
+SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -name '*.md' -not -path '*/examples/*')
 OLD := .downloads
 NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
-.PHONY: help demo test test-heavy lint format bench clean
+.PHONY: help demo test test-heavy lint format docs bench clean
 help: ## This list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
 
@@ -67,6 +67,9 @@ lint: .venv/installed ## ruff, mypy and clang-format.
 format: .venv/installed ## Rewrite the sources in the project's style.
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	@$(BIN)/clang-format -i $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.hpp' 'examples/*.cc' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)
+
+docs: .venv/installed ## The guide as a site, in build/site; stops at a broken link.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "Open build/site/index.html"
 
 bench: .venv/installed ## The CPU attention kernel beside torch's own attention.
 	@$(BIN)/python benchmarks/cpu_attention.py

@@ -6,19 +6,26 @@ A block marked ```console title=gpu needs a GPU; title=container, title=cluster 
 title=setup is what the newcomer runs before anything else (make ...).
 """
 
+import dataclasses
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
-from mra_export import libraries
+from mra_export import contract, libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PLUGINS = ROOT / "mra_export" / "plugins"
+PLUGIN_PAGES = [page for page in sorted(PLUGINS.rglob("README.md")) if "third_party" not in page.parts]
 BLOCK = re.compile(r"^```(console|python)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -73,9 +80,111 @@ def test_setup_commands_are_make_targets() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in [*PAGES, *PLUGIN_PAGES]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Strictly: a link that leads nowhere, a page outside the navigation or a name that the reference cannot find is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {str(page.relative_to(tmp_path / "site")): page.read_text() for page in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "operator.html", "faq.html", "api/python.html"} <= set(pages)
+    assert not [name for name, text in pages.items() if "```" in text], "a code block that the site does not understand"
+    for name, text in pages.items():
+        written = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+        odd = [tag for tag in re.findall(r"</?([a-z][^\s<>/]*)", written) if not re.fullmatch(r"[a-z0-9-]+", tag)]
+        assert not odd, f"{name}: a formula that the site took for a tag: put it into backticks"
+        assert not re.findall(r"<em>[^<]*[=+][^<]*</em>", written), f"{name}: stars of a formula taken for italics: use backticks"
+    reference = pages["api/python.html"]
+    assert all(f"mra_export.{name}" in reference for name in ("runtime.MraRuntime.run", "bundle.Bundle.load", "errors.BundleError"))
+    assert "mra_session_run" in re.sub("<[^>]+>", "", pages["api/c.html"])
+
+
+def test_the_faq_quotes_errors_that_exist() -> None:
+    """Each heading below the second level is an error's words, with ... for its values."""
+    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in (ROOT / "mra_export").rglob("*.py")))
+    fixed = re.sub(r"\{[^{}]*\}", "...", sources)
+    for heading in re.findall(r"^### (.+?)(?: \(exit code \d\))?$", (ROOT / "docs" / "faq.md").read_text(), re.MULTILINE):
+        for part in heading.replace("`", "").split("..."):
+            words = part.strip(" :")
+            assert words in fixed, f"docs/faq.md: no error says {words!r}"
+
+
+@pytest.mark.parametrize("page", PLUGIN_PAGES, ids=lambda p: str(p.relative_to(PLUGINS)))
+def test_a_plugins_readme_has_the_contracts_parameters(page: Path) -> None:
+    _, *sections = re.split(r"^## (.+)\n", page.read_text(), flags=re.MULTILINE)
+    text = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert list(text)[:3] == ["Description", "Inputs and output", "Parameters"]
+    assert list(text)[-2:] == ["Changelog", "Known issues"]
+
+    def table(section: str) -> list[list[str]]:
+        lines = [line for line in text[section].splitlines() if line.startswith("|")]
+        return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+    defaults = {
+        field.name: "required" if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(contract.Attributes)
+    }
+    written = {name: default if not default.isdigit() else int(default) for name, _, _, default, _ in table("Parameters")}
+    assert list(written.items()) == list(defaults.items())
+    assert [row[1] for row in table("Inputs and output")] == ["query", "key", "value", "mask", "context"]
+    assert table("Changelog")[-1][0] == contract.PLUGIN_VERSION == str(contract.OP_VERSION)
+
+
+@pytest.fixture(scope="module")
+def drawings() -> ModuleType:
+    """tools/drawings.py, which is no part of the package."""
+    specification = importlib.util.spec_from_file_location("drawings", ROOT / "tools" / "drawings.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["data-way", "launches", "lane", "blocks"])
+def test_a_drawing_is_what_its_script_draws(drawings: ModuleType, name: str) -> None:
+    file = ROOT / "docs" / "images" / f"{name}.svg"
+    drawn = drawings.DRAWINGS[name]()
+    assert file.read_text(encoding="utf-8") == drawn, "run python tools/drawings.py and look at the result"
+    assert len(drawn) < 30_000
+    assert "://" not in drawn.replace('xmlns="http://www.w3.org/2000/svg"', ""), "a request to another server"
+    svg = ElementTree.fromstring(drawn)
+    space = "{http://www.w3.org/2000/svg}"
+    assert svg.findtext(f"{space}title")
+    assert svg.findtext(f"{space}desc")
+    shown = [page for page in PAGES if re.search(rf"!\[[^\]]{{20,}}\]\([^)]*images/{name}\.svg\)", page.read_text())]
+    assert shown, "no page shows it with a text for those who cannot see it"
+
+
+@pytest.mark.parametrize(
+    ("launches", "files"),
+    [
+        (["pool"], ["pool"]),
+        (["select", "select, large"], ["select", "order", "logit", "low"]),
+        (["logits"], ["logit"]),
+        (["low resolution"], ["low"]),
+        (["attend"], ["attend_mma"]),
+        (["attend"], ["attend", "attend_fp32"]),
+    ],
+)
+def test_the_launches_are_drawn_as_the_kernels_are(drawings: ModuleType, launches: list[str], files: list[str]) -> None:
+    """What a launch reads and writes is every tensor and section of the workspace that its source names."""
+
+    def drawn(launches: Iterable[str]) -> set[str]:
+        return {name for launch in launches for names in drawings.LAUNCHES[launch] for name in names}
+
+    sources = "".join((PLUGINS / "cuda" / f"mra_attention_{file}.cuh").read_text() for file in files)
+    assert set(re.findall(r"\bp\.(\w+)", sources)) & drawn(drawings.LAUNCHES) == drawn(launches)
+
+
+def test_the_lane_is_drawn_as_the_kernel_loads(drawings: ModuleType) -> None:
+    source = (PLUGINS / "cuda" / "mra_attention_attend_mma.cuh").read_text()
+    assert all(f"= {formula};" in source for formula in drawings.QUERY_PAIR)
 
 
 def test_examples_are_shipped() -> None:
