@@ -56,7 +56,7 @@ def find(name: str) -> Path | None:
 
 
 def left_out() -> dict[str, str]:
-    """Part -> why the build went without it: a key of FILES, "cuda" (the kernels) or "session_tensorrt" (TensorRT in C++ programs)."""
+    """Part -> why the build went without it: a key of FILES, "cuda" (its kernels) or "session_tensorrt" (TensorRT for C++)."""
     files = (folder / "left_out.txt" for folder in _folders())
     lines = next((file.read_text(encoding="utf-8").splitlines() for file in files if file.is_file()), [])
     return dict(line.split(": ", 1) for line in lines)

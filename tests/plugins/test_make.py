@@ -162,7 +162,7 @@ def test_an_nvcc_that_is_here_was_built_with() -> None:
     nvcc = helper("find_nvcc").find()
     if nvcc is None:
         pytest.skip("no nvcc of CUDA 12.8 or newer: pip install 'nvidia-cuda-nvcc<13.1', as the Makefile does")
-    assert {"cuda", "session_tensorrt", "trt_plugin"}.isdisjoint(libraries.left_out()), f"{nvcc} is here, and the build went without"
+    assert {"cuda", "session_tensorrt", "trt_plugin"}.isdisjoint(libraries.left_out()), f"there is {nvcc}"
     assert libraries.require("trt_plugin").is_file()
 
 
