@@ -1,9 +1,13 @@
 # `make demo` and `make test` are all a newcomer needs: both make .venv and get what they need by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-# On a terminal pip shows how far it is.
+# On a terminal pip shows how far it is. In a read-only home it would warn at each call that it keeps no cache.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
-PIP := $(BIN)/python -m pip --disable-pip-version-check $(QUIET)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifeq ($(shell [ -w "$$HOME" ] && echo writable),)
+  export PIP_NO_CACHE_DIR := 1
+endif
+PIP := $(BIN)/python -m pip $(QUIET)
 HELPERS := mra_export/plugins/make
 OPTIONAL := sh $(HELPERS)/optional.sh
 SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -path '*/examples/*' -not -path '$(HELPERS)/*')
@@ -12,19 +16,23 @@ NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nv
 
 .PHONY: help demo test test-heavy lint format bench clean
 help: ## This list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "PYTHON=python3.12 makes .venv with that one. TORCH_INDEX=URL is where PyTorch comes from: unset, its own index of CPU builds"
+	@echo "or, on a machine with an NVIDIA GPU, pip's; empty, pip's."
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}: mra_export needs 3.10 or newer, pass another as make PYTHON=python3.12") if v < (3, 10) else None'
+	@[ -n "$$CXX" ] || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "no C++ compiler on PATH: install GCC 11, Clang 14 or newer (Debian, Ubuntu: apt install g++), or set CXX" >&2; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv build/virtualenv; \
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv build/virtualenv; \
 	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet .venv; } || \
 	  { rm -rf .venv; echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # The torch pin goes first and alone: a plain `torch` asked for by another package may pull a CUDA build of several gigabytes.
 .venv/packages: .venv/pyvenv.cfg pyproject.toml constraints.txt
 	@echo "Fetching PyTorch and the build tools (0.03 GB)"
-	@$(BIN)/python $(HELPERS)/install_torch.py --disable-pip-version-check $(QUIET) -c constraints.txt
+	@$(BIN)/python $(HELPERS)/install_torch.py $(QUIET) -c constraints.txt
 	@$(PIP) install -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.22" ninja
 	@touch $@
 
