@@ -1,64 +1,84 @@
 # `make demo` and `make test` are all a newcomer needs: both make .venv and get what they need by themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -name '*.md' -not -path '*/examples/*')
+# On a terminal pip shows how far it is. In a read-only home it would warn at each call that it keeps no cache.
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifeq ($(shell [ -w "$$HOME" ] && echo writable),)
+  export PIP_NO_CACHE_DIR := 1
+endif
+PIP := $(BIN)/python -m pip $(QUIET)
+HELPERS := mra_export/plugins/make
+OPTIONAL := sh $(HELPERS)/optional.sh
+SOURCES := $(shell find mra_export/plugins mra_export/embed -type f -not -name '*.py' -not -name '*.md' -not -path '*/examples/*' -not -path '$(HELPERS)/*')
 OLD := .downloads
 NVCC := nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-nvvm
 
 .PHONY: help demo test test-heavy lint format docs bench clean
 help: ## This list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo "PYTHON=python3.12 makes .venv with that one. TORCH_INDEX=URL is where PyTorch comes from: unset, its own index of CPU builds"
+	@echo "or, on a machine with an NVIDIA GPU, pip's; empty, pip's."
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"{sys.executable} is Python {v[0]}.{v[1]}: mra_export needs 3.10 or newer, pass another as make PYTHON=python3.12") if v < (3, 10) else None'
+	@[ -n "$$CXX" ] || command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "no C++ compiler on PATH: install GCC 11, Clang 14 or newer (Debian, Ubuntu: apt install g++), or set CXX" >&2; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv build/virtualenv; \
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv build/virtualenv; \
 	  $(PYTHON) -m pip install --quiet --target build/virtualenv virtualenv && PYTHONPATH=build/virtualenv $(PYTHON) -m virtualenv --quiet .venv; } || \
 	  { rm -rf .venv; echo "$(PYTHON) can make no virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # The torch pin goes first and alone: a plain `torch` asked for by another package may pull a CUDA build of several gigabytes.
 .venv/packages: .venv/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing the Python packages (a few minutes the first time)"
-	@$(PIP) install -c constraints.txt torch
+	@echo "Fetching PyTorch and the build tools (0.03 GB)"
+	@$(BIN)/python $(HELPERS)/install_torch.py $(QUIET) -c constraints.txt
 	@$(PIP) install -c constraints.txt "scikit-build-core>=0.10" "cmake>=3.22" ninja
 	@touch $@
 
 # What the TensorRT plugin is built with and tested against. It is optional: where something cannot be had, the rest goes on without.
 .venv/tensorrt: .venv/packages mra_export/plugins/tensorrt/fetch_headers.py
-	@echo "Fetching what TensorRT engines need (optional)"
-	@$(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py || echo "No TensorRT headers: the plugin is left out"
-	@{ command -v nvcc || command -v "$${CUDACXX:-none}" || command -v /usr/local/cuda/bin/nvcc; } >/dev/null || $(PIP) install -c constraints.txt $(NVCC) || echo "No CUDA compiler: the plugin is left out"
-	@$(PIP) install -c constraints.txt tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && \
-	  $(PIP) install -c constraints.txt --no-build-isolation --no-deps tensorrt-rtx-cu13 || echo "No TensorRT-RTX: engines are left out"
+	@echo "Fetching what TensorRT engines need: TensorRT-RTX and TensorRT's headers (0.1 GB)"
+	@$(OPTIONAL) "TensorRT headers" $(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py || true
+	@$(BIN)/python $(HELPERS)/find_nvcc.py >/dev/null || { echo "and a CUDA compiler, since there is none of CUDA 12.8 or newer (0.1 GB)"; \
+	  $(OPTIONAL) "CUDA compiler" $(PIP) install -c constraints.txt $(NVCC) || true; }
+	@{ $(OPTIONAL) "TensorRT-RTX, for .plan engines without a GPU" $(PIP) install -c constraints.txt tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings && \
+	  $(OPTIONAL) "TensorRT-RTX, for .plan engines without a GPU" $(PIP) install -c constraints.txt --no-build-isolation --no-deps tensorrt-rtx-cu13; } || true
 	@touch $@
 
 .venv/installed: .venv/packages .venv/tensorrt $(SOURCES)
-	@echo "Building the op libraries and installing mra_export"
-	@export CUDACXX="$${CUDACXX:-$$(ls "$(CURDIR)"/.venv/lib/python*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null)}"; \
-	  [ -n "$$CUDACXX" ] || unset CUDACXX; $(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
+	@echo "Fetching the other Python packages (0.2 GB), building the op libraries (minutes) and installing mra_export"
+	@CUDACXX="$$($(BIN)/python $(HELPERS)/find_nvcc.py)" && export CUDACXX || unset CUDACXX; \
+	  $(PIP) install -c constraints.txt --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 demo: .venv/installed ## From the shipped checkpoint to a verified bundle, on real text.
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh; status=$$?; \
+	  $(BIN)/python $(HELPERS)/left_out.py; exit $$status
 
 test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test but those of test-heavy.
 	@MRA_TEST_ORT_OLD="$(CURDIR)/$(OLD)/onnxruntime" MRA_TEST_TRANSFORMERS_OLD="$(CURDIR)/$(OLD)/transformers" \
-	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS); status=$$?; \
+	  $(BIN)/python $(HELPERS)/left_out.py tests; exit $$status
 
 test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/onnxruntime-gpu ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
-	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS); status=$$?; \
+	  $(BIN)/python $(HELPERS)/left_out.py tests; exit $$status
 
 # Old releases that the tests run against, each in a folder of its own. Without a network those tests skip and say so.
 $(OLD)/%: tests/old/%.txt .venv/packages
-	@echo "Fetching the old $* that the tests also run against"
-	@rm -rf $@ && $(PIP) install --target $@ -r $< && touch $@ || { rm -rf $@; echo "No old $* here: its tests will be skipped"; }
+	@echo "Fetching the old $* that the tests also run against (0.04 GB)"
+	@rm -rf $@; $(OPTIONAL) "tests of the old $*" $(PIP) install --target $@ -r $< && touch $@ || rm -rf $@
 
 # What the heavy tests start or check with. Without a network they skip and say so.
 $(OLD)/triton $(OLD)/manifests $(OLD)/onnxruntime-gpu: NO_DEPS := --no-deps
+$(OLD)/triton: SIZE := 0.07 GB
+$(OLD)/ray: SIZE := 0.14 GB
+$(OLD)/manifests: SIZE := 0.04 GB
+$(OLD)/onnxruntime-gpu: SIZE := 0.26 GB
 $(OLD)/%: tests/deploy/%.txt .venv/packages
-	@echo "Fetching $* for the heavy tests"
-	@rm -rf $@ && $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || { rm -rf $@; echo "No $* here: its tests will be skipped"; }
+	@echo "Fetching $* for the heavy tests ($(SIZE))"
+	@rm -rf $@; $(OPTIONAL) "heavy tests of $*" $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || rm -rf $@
 
 lint: .venv/installed ## ruff, mypy and clang-format.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -80,4 +100,4 @@ gpu-check: ## Build, check and time the CUDA parts on this machine's GPU; instal
 	@$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 clean: ## Remove what was built, not what was downloaded.
-	@rm -rf build demo-out .venv/installed
+	@rm -rf build demo-out .venv/installed .venv/tensorrt

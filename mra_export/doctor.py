@@ -62,8 +62,8 @@ INT8_FEATURES = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
 
 def examine() -> dict[str, Any]:
     """JSON-ready: versions, libraries (name -> absolute path or null), embedding (for a C or C++ build: cmake_prefix and
-    onnxruntime_library, each a path or null), cpu, gpu, missing (name, needed_for, command, optional), and problems, what is there
-    but does not work."""
+    onnxruntime_library, each a path or null), cpu, gpu, left_out (part of the build -> why it went without), missing (name,
+    needed_for, command, optional), and problems, what is there but does not work."""
     found = {name: libraries.find(name) for name in LIBRARIES}
     return {
         "versions": versions(),
@@ -71,6 +71,7 @@ def examine() -> dict[str, Any]:
         "embedding": {"cmake_prefix": _place(libraries.cmake_prefix), "onnxruntime_library": _place(libraries.onnxruntime_library)},
         "cpu": cpu(),
         "gpu": gpus(),
+        "left_out": libraries.left_out(),
         "missing": _missing(found),
         "problems": _problems(found),
     }

@@ -55,13 +55,22 @@ def find(name: str) -> Path | None:
     return None
 
 
+def left_out() -> dict[str, str]:
+    """Part -> why the build went without it: a key of FILES, "cuda" (its kernels) or "session_tensorrt" (TensorRT for C++)."""
+    files = (folder / "left_out.txt" for folder in _folders())
+    lines = next((file.read_text(encoding="utf-8").splitlines() for file in files if file.is_file()), [])
+    return dict(line.split(": ", 1) for line in lines)
+
+
 def require(name: str) -> Path:
     """As `find`, but raises PluginLoadError naming what is missing, where it was looked for and the command that gets it."""
     path = find(name)
     if path is None:
         places = ", ".join(str(folder) for folder in _folders())
+        reason = left_out().get(name)
+        why = f" (the build went without: {reason})" if reason else ""
         raise PluginLoadError(
-            f"{_file(name)} is not in {places}: build it with {GET[name]}, or point {DIRECTORY_VARIABLE} at its folder"
+            f"{_file(name)} is not in {places}{why}: build it with {GET[name]}, or point {DIRECTORY_VARIABLE} at its folder"
         )
     return path
 

@@ -150,6 +150,8 @@ def _doctor(facts: dict[str, Any]) -> Shown:
         here.add_row("GPU", "none found")
     for name, path in facts["libraries"].items():
         here.add_row(f"library {name}", path or "not built")
+    for part, reason in facts["left_out"].items():
+        here.add_row(f"built without {part}", reason)
     for name, path in facts["embedding"].items():
         here.add_row(name, path or "none found")
     things: Shown = [_titled("this installation", here)]
