@@ -9,6 +9,7 @@ title=setup is what the newcomer runs before anything else (make ...).
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -30,8 +31,18 @@ NEEDS = {"embedding-cpp.md": ("session", ("cmake", "c++"))}
 """Page -> a library and programs that its commands need; where one is missing the page is skipped, with the reason."""
 
 
+PORT = "8467"
+"""What pages listen on. Here it is one that is free."""
+
+
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     return [(language, info.strip(), body) for language, info, body in BLOCK.findall(page.read_text())]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def commands(body: str) -> list[str]:
@@ -52,10 +63,12 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
             (tmp_path / "mra_export" / part).symlink_to(ROOT / "mra_export" / part)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    port = free_port()
     with ExitStack() as stack:  # ends what a command leaves running, such as a server that a later one stops
         for number, (language, info, body) in enumerate(blocks(page)):
             if info:
                 continue  # gpu and setup blocks: run by `make gpu-check` and by the newcomer
+            body = body.replace(PORT, port)
             todo = [["bash", "-euc", command] for command in commands(body)]
             if language == "python":
                 script = tmp_path / f"block_{number}.py"
