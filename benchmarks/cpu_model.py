@@ -27,7 +27,7 @@ import onnxruntime as ort
 import torch
 import transformers
 from dense_roberta import dense_model
-from measure import Timing, machine, matmul_gflops, take_turns
+from measure import Timing, machine, matmul_gflops, take_turns, why_not_compiled
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import RobertaModel
@@ -352,6 +352,8 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
+    if DENSE_COMPILED in (chosen or PEERS) and (reason := why_not_compiled()):
+        raise click.ClickException(f"{reason}, or name the other peers with --peer")
     about = machine() | {
         "threads": threads,
         "batch": 1,

@@ -12,7 +12,7 @@ import onnx
 import onnx.helper
 import onnxruntime as ort
 import torch
-from measure import TimeIsUp, time_limit
+from measure import TimeIsUp, time_limit, why_not_compiled
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -153,6 +153,8 @@ def open_peer(name: str, problem: Problem) -> Call:
 
 def _compiled(problem: Problem, function: Callable[..., Any], *arguments: Any) -> Call:
     """function(*arguments) through torch.compile, compiled now and within the time allowed."""
+    if reason := why_not_compiled():
+        raise LeftOutError(reason)
     torch.compiler.reset()  # threads and shapes of an earlier problem are part of what was compiled
     compiled = torch.compile(function, dynamic=False)
 

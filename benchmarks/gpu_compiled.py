@@ -23,7 +23,7 @@ import gpu_cost
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda-compiled.json"
 PAGE = ROOT / "docs" / "kernels-cuda.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "emulator")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "emulator")]
 
 LAUNCHES = {
     3: ("pool", "select", "attend"),

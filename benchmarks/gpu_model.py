@@ -134,9 +134,12 @@ def compiled(eager: Callable[[Setup], Run], mode: str) -> Callable[[Setup], Run]
 
     def opened(setup: Setup) -> Run:
         import torch
+        from measure import why_not_compiled
 
         if mode == "reduce-overhead" and setup.device.type != "cuda":
             raise LeftOutError("CUDA graphs need a GPU")
+        if reason := why_not_compiled():
+            raise LeftOutError(reason)
         call = torch.compile(eager(setup), dynamic=False, mode=mode)
 
         def run(ids: Any, mask: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import authors_kernels
 import torch
 from gpu_measure import Contestant, first_line, name_of
-from measure import TimeIsUp, time_limit
+from measure import TimeIsUp, time_limit, why_not_compiled
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -100,6 +100,8 @@ def flex(sets: Sequence[Inputs], attributes: Attributes, chosen: Callable[[Input
         contestant.left_out = f"compiled for each shape, so in {name_of(FLEX_DTYPE)} only"
     elif length % BLOCK_SIZE:
         contestant.left_out = f"N {length} is not a multiple of {BLOCK_SIZE}: it takes whole blocks"
+    else:
+        contestant.left_out = why_not_compiled()
     if contestant.left_out:
         return contestant
     try:

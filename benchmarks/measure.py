@@ -7,6 +7,7 @@ import platform
 import signal
 import statistics
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,3 +133,9 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def why_not_compiled() -> str:
+    """What torch.compile lacks here; empty where nothing. What calls a kernel is built against Python's headers, also on a GPU."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"torch.compile needs {header}: install it (Debian, Ubuntu: apt install python3-dev)"

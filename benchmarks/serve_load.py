@@ -278,7 +278,10 @@ def started(name: str, command: list[str], port: int, log: Path) -> Iterator[psu
         yield psutil.Process(process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(_START_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_START_SECONDS)
+        process.kill()  # one that does not stop must not outlive us
+        process.wait()
 
 
 @contextlib.contextmanager

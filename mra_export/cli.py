@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+TERMINATED = 143
 _PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or pipe."""
 _VERIFY_BACKENDS = (
@@ -50,6 +54,30 @@ _TASKS = (
 )
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _cleaning_up_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: nothing half-written stays, nor a child. Ctrl-C does not reach a job in the background.
+
+    A signal that whoever started us handles or ignores stays as it is, as Python has it with Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Command(click.Command):
     """A subcommand with -v, -q and --debug, whose errors become one line on stderr and an exit code (errors.py)."""
 
@@ -67,12 +95,16 @@ class Command(click.Command):
             raise click.UsageError("--verbose and --quiet contradict each other: pass one of them.", context)
         context.obj = Talker(verbose, quiet)
         try:
-            return super().invoke(context)
+            with _cleaning_up_on_sigterm():
+                return super().invoke(context)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             context.exit(INTERRUPTED)
+        except _TerminatedError:
+            click.echo("terminated", err=True)
+            context.exit(TERMINATED)
         except BrokenPipeError:  # the reader of our output went away
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # keeps the interpreter's last flush quiet
             context.exit(1)
@@ -165,7 +197,7 @@ def main() -> None:
     mra-export bench BUNDLE                 time them
     mra-export triton BUNDLE REPO           serve it with Triton
 
-    Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 1 anything else.
+    Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 143 terminated, 1 anything else.
     """
 
 

@@ -305,15 +305,18 @@ def _warn_of_other_plugin(bundle: Bundle, entry: EngineEntry) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done."""
+    """Hold back a Ctrl-C, or a SIGTERM that someone handles, until the block is done. One that is ignored stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is interrupted
         return
     came: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    held = {number: handler for number in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(number))}
+    for number in held:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if came:
-        raise KeyboardInterrupt
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    for late in came:
+        signal.raise_signal(late)

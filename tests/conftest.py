@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tools
 from hypothesis import HealthCheck, settings
+
+tools.put_on_path()
 
 # Test tensors are small and test processes many: threads beyond the first cost far more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -470,6 +470,7 @@ def test_a_compiler_gets_its_time_and_no_more(script, monkeypatch) -> None:
         return call
 
     monkeypatch.setattr(torch, "compile", slow)
+    monkeypatch.setattr(peers, "why_not_compiled", lambda: "")
     p = problem(script)
     p = peers.replace(p, compile_seconds=0.05)
     with pytest.raises(peers.LeftOutError, match=r"torch.compile took more than 0.05 s"):

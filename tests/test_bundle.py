@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import pytest
+from processes import started
 
 from mra_export.bundle import (
     GOLDEN,
@@ -249,11 +250,10 @@ with staged({str(tmp_path / "bundle")!r}) as folder:
     print("filled", flush=True)
     time.sleep(60)
 """
-    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert writer.stdout.readline() == "filled\n"
-    writer.send_signal(signal_number)
-    writer.wait(timeout=30)
-    writer.stdout.close()
+    with started([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as writer:
+        assert writer.stdout.readline() == "filled\n"
+        writer.send_signal(signal_number)
+        writer.wait(timeout=30)
     assert not (tmp_path / "bundle").exists()
     if signal_number == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from exported import checkpoint
+from processes import started
 
 from mra_export import __version__
 from mra_export.bundle import MODEL, Bundle, file_entry
@@ -207,18 +208,27 @@ def test_what_is_no_checkpoint_is_refused(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_ctrl_c_during_an_export_leaves_nothing(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("ignored", "sent", "code", "said"),
+    [
+        ([], [signal.SIGINT], 130, "interrupted"),
+        ([], [signal.SIGTERM], 143, "terminated"),
+        # A job in the background: a Ctrl-C for another is not its own.
+        ([signal.SIGINT], [signal.SIGINT, signal.SIGTERM], 143, "terminated"),
+    ],
+)
+def test_an_export_that_is_stopped_leaves_nothing(ignored, sent, code, said, tmp_path) -> None:
     source = checkpoint(tmp_path / "checkpoint")
-    command = [sys.executable, "-c", "from mra_export.cli import main; main()", "export", str(source), str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path) as process:
-        assert process.stderr is not None
+    command = [sys.executable, "-c", "from mra_export.cli import main; main()", "export", source, tmp_path / "out"]
+    with started(command, ignored, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=tmp_path) as process:
         for line in process.stderr:
             if "export fill-mask" in line:
-                process.send_signal(signal.SIGINT)
                 break
+        for number in sent:
+            process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(60) == 130
-    assert "interrupted" in rest
+        assert process.wait(60) == code
+    assert said in rest
     assert "Traceback" not in rest
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

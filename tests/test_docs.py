@@ -11,14 +11,19 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import ModuleType
 from xml.etree import ElementTree
 
+import psutil
 import pytest
+from processes import started
 
 from mra_export import contract, libraries
 
@@ -33,8 +38,18 @@ NEEDS = {"embedding-cpp.md": ("session", ("cmake", "c++"))}
 """Page -> a library and programs that its commands need; where one is missing the page is skipped, with the reason."""
 
 
+PORT = "8467"
+"""What pages listen on. Here it is one that is free."""
+
+
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     return [(language, info.strip(), body) for language, info, body in BLOCK.findall(page.read_text())]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def commands(body: str) -> list[str]:
@@ -55,18 +70,39 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
             (tmp_path / "mra_export" / part).symlink_to(ROOT / "mra_export" / part)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    for number, (language, info, body) in enumerate(blocks(page)):
-        if info:
-            continue  # gpu and setup blocks: run by `make gpu-check` and by the newcomer
-        todo = [["bash", "-euc", command] for command in commands(body)]
-        if language == "python":
-            script = tmp_path / f"block_{number}.py"
-            script.write_text(body)
-            todo = [[sys.executable, str(script)]]
-        for command in todo:
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, f"{page.name}: {command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    port = free_port()
+    with ExitStack() as stack:  # ends what a command leaves running, such as a server that a later one stops
+        for number, (language, info, body) in enumerate(blocks(page)):
+            if info:
+                continue  # gpu and setup blocks: run by `make gpu-check` and by the newcomer
+            body = body.replace(PORT, port)
+            todo = [["bash", "-euc", command] for command in commands(body)]
+            if language == "python":
+                script = tmp_path / f"block_{number}.py"
+                script.write_text(body)
+                todo = [[sys.executable, str(script)]]
+            for command in todo:
+                with TemporaryFile("w+") as output:  # a pipe would wait for what the command leaves running
+                    options = {"cwd": tmp_path, "env": {**os.environ, "HF_HUB_OFFLINE": "1"}}
+                    process = stack.enter_context(started(command, stdout=output, stderr=output, **options))
+                    status = process.wait(300)
+                    output.seek(0)
+                    assert status == 0, f"{page.name}: {command[-1]}\n{output.read()[-4000:]}"
+
+
+def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    left: list[psutil.Process] = []
+
+    def fail() -> None:
+        with started(["bash", "-c", "sleep 600 & echo $! > pid"], cwd=tmp_path) as process:
+            assert process.wait(60) == 0
+            left.append(psutil.Process(int((tmp_path / "pid").read_text())))
+            raise RuntimeError("the test fails")
+
+    with pytest.raises(RuntimeError, match="the test fails"):
+        fail()
+    _, alive = psutil.wait_procs(left, 10)
+    assert not alive
 
 
 def test_setup_commands_are_make_targets() -> None:

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import onnx
+import psutil
 import pytest
 from click.testing import CliRunner
 from engines import SMALLEST, copy, need_plugin, needs_rtx, rewrite, state
+from processes import started
 
 from mra_export import bundle as bundle_module
 from mra_export import cli, engine, gpu, libraries, tensorrt_api
@@ -304,24 +306,42 @@ def test_profiles_that_contradict_themselves(bundles) -> None:
 
 
 @needs_rtx
-def test_ctrl_c_stops_the_build_and_leaves_the_bundle_as_it_was(own) -> None:
+@pytest.mark.parametrize(
+    ("ignored", "sent", "code"),
+    [([], signal.SIGINT, cli.INTERRUPTED), ([signal.SIGINT], signal.SIGTERM, cli.TERMINATED)],
+)
+def test_a_build_that_is_stopped_leaves_the_bundle_as_it_was(own, ignored, sent, code) -> None:
     before = state(own.path)
-    arguments = ["engine", str(own.path), "--no-plugin"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from mra_export.cli import main; main(sys.argv[1:])", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "Building engine" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=30)[1]
-    assert process.returncode == cli.INTERRUPTED, rest
-    assert "interrupted" in rest
+    command = [sys.executable, "-c", "import sys; from mra_export.cli import main; main(sys.argv[1:])"]
+    with started([*command, "engine", own.path, "--no-plugin"], ignored, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "Building engine" in line:
+                break
+        (builder,) = psutil.Process(process.pid).children()
+        process.send_signal(sent)
+        rest = process.communicate(timeout=30)[1]
+        assert process.returncode == code, rest
+        assert not builder.is_running()
+    assert "Traceback" not in rest
     assert state(own.path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_step_waits_for_its_end(number) -> None:
+    came: list[int] = []
+    before = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        with engine._uninterrupted():
+            signal.raise_signal(number)
+            assert came == []
+        assert came == [number]
+        signal.signal(number, signal.SIG_IGN)
+        with engine._uninterrupted():
+            signal.raise_signal(number)
+        assert came == [number], "what is ignored stays ignored"
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 @needs_rtx

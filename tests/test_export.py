@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
+from processes import started
 from transformers import BertConfig, BertModel
 
 from mra_export import libraries
@@ -399,11 +400,10 @@ def check(folder):
     time.sleep(60)
 export_bundle({str(tmp_path / "checkpoint")!r}, {str(tmp_path / "out" / "bundle")!r}, check=check)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "checking\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
-    process.stdout.close()
+    with started([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "checking\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=30)
     assert not (tmp_path / "out" / "bundle").exists()
     for left in (tmp_path / "out").iterdir():
         with pytest.raises(BundleError, match="is not a complete bundle"):

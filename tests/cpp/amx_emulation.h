@@ -3,12 +3,12 @@
 #ifndef AMX_EMULATION_H_
 #define AMX_EMULATION_H_
 
+#include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <cmath>
 
 namespace amx_emulation {
 
@@ -67,8 +67,8 @@ inline void Store(int t, void* base, int64_t stride) {
   }
 }
 
-// The instruction takes denormals as zeros, of its inputs and of its sums.
-inline float Flush(float value) { return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value; }
+// Tiles take denormals for 0 and give 0 for them, whatever the mode of the thread.
+inline float Flushed(float value) { return fabsf(value) < FLT_MIN ? copysignf(0.0f, value) : value; }
 
 inline float Widen(const uint8_t* bytes) {
   uint16_t half;
@@ -76,7 +76,7 @@ inline float Widen(const uint8_t* bytes) {
   const uint32_t bits = uint32_t{half} << 16;
   float value;
   memcpy(&value, &bits, 4);
-  return Flush(value);
+  return Flushed(value);
 }
 
 // c (m x n float) += a (m x 2k bfloat16) times b (k rows of n pairs).
@@ -89,9 +89,8 @@ inline void Multiply(int c, int a, int b) {
       for (int n = 0; n < state.row_bytes[c] / 4; ++n) {
         float sum;
         memcpy(&sum, state.tiles[c][m] + 4 * n, 4);
-        sum += Widen(state.tiles[a][m] + 4 * k) * Widen(state.tiles[b][k] + 4 * n);
-        sum += Widen(state.tiles[a][m] + 4 * k + 2) * Widen(state.tiles[b][k] + 4 * n + 2);
-        sum = Flush(sum);
+        sum = Flushed(Flushed(sum) + Widen(state.tiles[a][m] + 4 * k) * Widen(state.tiles[b][k] + 4 * n));
+        sum = Flushed(sum + Widen(state.tiles[a][m] + 4 * k + 2) * Widen(state.tiles[b][k] + 4 * n + 2));
         memcpy(state.tiles[c][m] + 4 * n, &sum, 4);
       }
     }

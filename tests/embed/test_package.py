@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import started
 
 import mra_export
 from mra_export import Bundle, MraRuntime, libraries
@@ -189,14 +190,9 @@ def server(bundles, tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([build / "mra_server", bundles("fp32"), str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
+    with started([build / "mra_server", bundles("fp32"), port], stdout=subprocess.PIPE, text=True) as process:
         assert "listening" in process.stdout.readline()
         yield process, port
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(port: int, method: str, path: str, body: str = "") -> tuple[int, dict]:

@@ -30,9 +30,10 @@ SOURCES = (
     HERE / "cuda_emulation_ptx.cc",
     HERE / "self_test.cc",
 )
-# -ffp-contract=off: selection is bit-exact, every fused multiply-add is written out. unroll is nvcc's pragma.
+# -ffp-contract=off: selection is bit-exact, every fused multiply-add is written out. unroll is nvcc's pragma. -Bsymbolic: its own
+# stand-ins for CUDA are meant, also where torch has loaded the real one.
 FLAGS = (
-    *("-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"),
+    *("-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-ffp-contract=off", "-fno-math-errno"),
     *("-Wall", "-Wextra", "-Wshadow", "-Werror", "-Wno-unknown-pragmas", "-DMRA_CUDA_EMULATION"),
 )
 ALIGNMENT = 64

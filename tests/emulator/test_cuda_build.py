@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+import tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "mra_export" / "plugins" / "cuda" / "mra_attention_cuda.cu"
@@ -84,11 +83,10 @@ class Compiled:
 
 
 def find_nvcc() -> str:
-    candidates = (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
-    for candidate in candidates:
-        if candidate and Path(candidate).is_file():
-            return candidate
-    pytest.skip("no nvcc: put it on PATH or set CUDACXX")
+    found = tools.nvcc()
+    if found is None:
+        pytest.skip("no nvcc: put it on PATH, set CUDACXX, or pip install nvidia-cuda-nvcc")
+    return str(found)
 
 
 @cache

@@ -19,9 +19,7 @@ def built() -> Path:
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=aarch64.ROOT, env=aarch64.ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([str(part) for part in command], cwd=aarch64.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -48,7 +46,7 @@ def test_libraries(built: Path, library: str, exported: str) -> None:
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(aarch64.ENVIRONMENT, "PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
     with pytest.raises(pytest.skip.Exception, match=r"not on PATH: .*apt install g\+\+-aarch64-linux-gnu.*apt install qemu-user"):
         aarch64.build()

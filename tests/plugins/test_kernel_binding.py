@@ -10,9 +10,11 @@ from pathlib import Path
 import instruction_sets
 import numpy as np
 import pytest
+from chosen_target import chosen, why_not
 from kernel_cases import case
 
 from mra_export import kernel, libraries
+from mra_export.contract import Attributes
 from mra_export.errors import ContractError, PluginLoadError
 
 pytestmark = pytest.mark.skipif(not kernel.available(), reason="libmra_attention is not built: pip install -e .")
@@ -84,6 +86,16 @@ def test_unusable_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_instruction_set_is_one_that_the_tests_know() -> None:
     assert kernel.cpu_target() in instruction_sets.NAMES, "add it to instruction_sets.py, so that every test runs on it"
+
+
+@pytest.mark.parametrize("name", instruction_sets.NAMES)
+def test_each_instruction_set_attends(name: str, tmp_path: Path) -> None:
+    """test_kernel.py runs on each that this machine can run or emulate; what it leaves out is skipped here, with the reason."""
+    if reason := why_not(name):
+        pytest.skip(f"nothing is tested on {name}: {reason}")
+    x = np.ones((1, 4, 8), np.float32)
+    with chosen(name, tmp_path):
+        np.testing.assert_allclose(kernel.attention(x, x, x, np.ones((1, 4)), Attributes(1, 1, 0.25)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sse9", "neon" if os.uname().machine == "x86_64" else "avx512"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import tools
 
 import mra_export
-from mra_export import libraries
+from mra_export import kernel, libraries
 from mra_export.errors import PluginLoadError
 
 
@@ -47,6 +50,20 @@ def test_directory_variable_wins_over_the_package(tmp_path: Path, monkeypatch: p
     (tmp_path / "libmra_ort.so").touch()
     monkeypatch.setenv(libraries.DIRECTORY_VARIABLE, str(tmp_path))
     assert libraries.require("ort_ops") == (tmp_path / "libmra_ort.so").resolve()
+
+
+def test_what_can_be_built_here_is_built() -> None:
+    """A part that was left out would only make its tests skip."""
+    assert [name for name in libraries.FILES if name != "trt_plugin" and libraries.find(name) is None] == []
+    nvcc = tools.nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: nothing of CUDA was built")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = map(int, re.findall(r"release (\d+)\.(\d+)", said)[0])
+    if (major, minor) < (12, 8):
+        pytest.skip(f"{nvcc} is of CUDA {major}.{minor}: the build needs 12.8")
+    assert libraries.find("trt_plugin") is not None, libraries.GET["trt_plugin"]
+    assert all(kernel.has_cuda(libraries.require(name)) for name in ("kernels", "ort_ops"))
 
 
 def test_unknown_name() -> None:

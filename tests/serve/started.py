@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from processes import started
 
 WAIT = 240
 """Seconds that a test waits for what takes few: other processes may hold the processor."""
@@ -19,13 +21,15 @@ COMMAND = (sys.executable, "-c", "from mra_export.cli import main; main()")
 
 
 class Server:
-    """log: the file that its stderr goes to. port, process: after `start`."""
+    """log: the file that its stderr goes to. As a context manager it is gone after the block, whatever happened in it."""
 
     def __init__(self, bundle: Path, log: Path, *options: str, environment: dict[str, str] | None = None) -> None:
         self.log = log
         command = [*COMMAND, "serve", str(bundle), "--port", "0", "--name", "mra", *options]
+        self._kept = contextlib.ExitStack()
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(command, stderr=stream, stdout=stream, env={**os.environ, **(environment or {})})
+            whole = {**os.environ, **(environment or {})}
+            self.process = self._kept.enter_context(started(command, stderr=stream, stdout=stream, env=whole))
         self.port = int(self.wait_for("listening")["url"].rsplit(":", 1)[1])
 
     def lines(self, event: str) -> list[dict[str, Any]]:
@@ -34,10 +38,12 @@ class Server:
         return [line for line in map(json.loads, filter(lambda text: text.startswith("{"), whole)) if line["event"] == event]
 
     def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
+        """The line about the last one. A server that does not come to say it is ended, since the caller may not have it yet."""
         end = time.monotonic() + WAIT
         while len(found := self.lines(event)) < count:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
+            if self.process.poll() is not None or time.monotonic() > end:
+                self._kept.close()
+                raise AssertionError(self.log.read_text())
             time.sleep(0.02)
         return found[-1]
 
@@ -64,6 +70,12 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(WAIT)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept.close()
 
 
 def tensor(values: Any, name: str = "input_ids", datatype: str = "INT64", **more: Any) -> dict[str, Any]:

@@ -28,9 +28,10 @@ FILL = "/v1/fill-mask"
 
 @pytest.fixture(scope="module")
 def server(bundles, tmp_path_factory) -> Iterator[Server]:
-    started = Server(bundles("fp32"), tmp_path_factory.mktemp("server") / "log", "--max-body", "20000", "--max-batch-size", "4")
-    yield started.ready()
-    assert started.stop() == 0
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Server(bundles("fp32"), log, "--max-body", "20000", "--max-batch-size", "4").ready() as server:
+        yield server
+        assert server.stop() == 0
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +308,7 @@ def test_logs_are_json_with_the_callers_request_id_and_without_its_text(server) 
 
 def test_a_token_is_asked_for_everywhere_but_health(bundles, tmp_path) -> None:
     (tmp_path / "token").write_text("right-token\n")
-    server = Server(bundles("fp32"), tmp_path / "log", "--token-file", str(tmp_path / "token")).ready()
-    try:
+    with Server(bundles("fp32"), tmp_path / "log", "--token-file", str(tmp_path / "token")).ready() as server:
         assert server.ask("GET", "/v2/health/ready")[0] == 200
         for path in ("/metrics", "/v2", "/v2/models/mra", "/openapi.json", "/v9"):
             for headers in ({}, {"Authorization": "Bearer wrong-token"}, {"Authorization": "right-token"}):
@@ -319,7 +319,6 @@ def test_a_token_is_asked_for_everywhere_but_health(bundles, tmp_path) -> None:
         assert server.ask("GET", "/v2/models/mra", **right)[0] == 200
         assert server.ask("POST", INFER, {"inputs": [tensor([[1]])]}, **right)[0] == 200
         assert server.ask("POST", INFER, {"inputs": [tensor([[1]])]})[0] == 401
-    finally:
         assert server.stop() == 0
     assert "right-token" not in server.log.read_text()
 
@@ -327,9 +326,8 @@ def test_a_token_is_asked_for_everywhere_but_health(bundles, tmp_path) -> None:
 def test_a_full_queue_is_busy_time_ends_and_sigterm_drains(bundles, tmp_path) -> None:
     """One worker that waits ten minutes for batch mates holds the queue of two full, and lets it go when it drains."""
     options = ("--max-queue", "2", "--max-delay-ms", "600000", "--workers", "1", "--timeout", "3")
-    server = Server(bundles("fp32"), tmp_path / "log", *options).ready()
     body = {"inputs": [tensor([[5, 6, 7]])]}
-    try:
+    with Server(bundles("fp32"), tmp_path / "log", *options).ready() as server:
         end = time.monotonic() + WAIT
         answers: list[Any] = []
         while [status for status, _, _ in answers] != [503, 504, 504]:  # others may hold the processor for longer than the time-out
@@ -350,14 +348,12 @@ def test_a_full_queue_is_busy_time_ends_and_sigterm_drains(bundles, tmp_path) ->
             time.sleep(0.5)
             server.process.terminate()
             assert waiting.result(WAIT)[0] in (200, 504)
-    finally:
         assert server.stop() == 0
     assert server.lines("stopped")
 
 
 def test_a_client_that_goes_away_leaves_the_queue(bundles, tmp_path) -> None:
-    server = Server(bundles("fp32"), tmp_path / "log", "--max-delay-ms", "600000", "--workers", "1").ready()
-    try:
+    with Server(bundles("fp32"), tmp_path / "log", "--max-delay-ms", "600000", "--workers", "1").ready() as server:
         body = json.dumps({"inputs": [tensor([[5, 6, 7]])]}).encode()
         with socket.create_connection(("127.0.0.1", server.port), WAIT) as connection:
             connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -366,28 +362,27 @@ def test_a_client_that_goes_away_leaves_the_queue(bundles, tmp_path) -> None:
         while "mra_queue_length 0.0" not in server.ask("GET", "/metrics")[1]:
             time.sleep(0.02)
         assert 'mra_errors_total{kind="client_gone"} 1.0' in server.ask("GET", "/metrics")[1]
-    finally:
         assert server.stop() == 0
 
 
 def test_sigterm_answers_what_is_in_flight(bundles, tmp_path) -> None:
-    server = Server(bundles("fp32"), tmp_path / "log", "--workers", "1").ready()
-    statuses: list[int] = []
+    with Server(bundles("fp32"), tmp_path / "log", "--workers", "1").ready() as server:
+        statuses: list[int] = []
 
-    def ask() -> None:
-        with contextlib.suppress(OSError):  # it listens no more, so it has not taken this one
-            while True:
-                statuses.append(server.ask("POST", INFER, {"inputs": [tensor([[5] * 250])]})[0])
+        def ask() -> None:
+            with contextlib.suppress(OSError):  # it listens no more, so it has not taken this one
+                while True:
+                    statuses.append(server.ask("POST", INFER, {"inputs": [tensor([[5] * 250])]})[0])
 
-    callers = [threading.Thread(target=ask) for _ in range(4)]
-    for caller in callers:
-        caller.start()
-    server.wait_for("request", 8)
-    assert server.stop() == 0
-    for caller in callers:
-        caller.join(WAIT)
-    assert set(statuses) == {200}
-    assert len(statuses) == len(server.lines("request")) >= 8, "every request that was taken was answered"
+        callers = [threading.Thread(target=ask) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        server.wait_for("request", 8)
+        assert server.stop() == 0
+        for caller in callers:
+            caller.join(WAIT)
+        assert set(statuses) == {200}
+        assert len(statuses) == len(server.lines("request")) >= 8, "every request that was taken was answered"
 
 
 # Start
@@ -403,14 +398,14 @@ def test_ready_only_after_the_golden_outputs_agree(bundles, tmp_path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][GOLDEN] = file_entry(folder / GOLDEN).model_dump()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    server = Server(folder, tmp_path / "log")
-    seen = []
-    with contextlib.suppress(OSError):  # it has ended
-        while True:
-            seen.append(server.ask("GET", "/v2/health/ready")[:2])
-    assert server.process.wait(WAIT) == 3
-    assert all(answer == (503, {"ready": False}) for answer in seen)
-    assert "differs from PyTorch in logits" in server.log.read_text()
+    with Server(folder, tmp_path / "log") as server:
+        seen = []
+        with contextlib.suppress(OSError):  # it has ended
+            while True:
+                seen.append(server.ask("GET", "/v2/health/ready")[:2])
+        assert server.process.wait(WAIT) == 3
+        assert all(answer == (503, {"ready": False}) for answer in seen)
+        assert "differs from PyTorch in logits" in server.log.read_text()
 
 
 def refused(*arguments: str, **environment: str) -> tuple[int, str]:

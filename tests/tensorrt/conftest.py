@@ -61,5 +61,6 @@ def driver_library(tensorrt_headers: Path, tmp_path_factory: pytest.TempPathFact
         objects.append(str(target.with_name(source.name + ".o")))
         compiled = [compiler, *flags, *includes, *system, "-c", "-x", "c++", str(source), "-o", objects[-1]]
         subprocess.run(compiled, check=True)
-    subprocess.run([compiler, "-shared", *objects, "-ldl", "-lpthread", "-o", str(target)], check=True)
+    # Its own stand-ins for CUDA are meant, also where torch has loaded the real one.
+    subprocess.run([compiler, "-shared", "-Wl,-Bsymbolic", *objects, "-ldl", "-lpthread", "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import importlib.util
 import itertools
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engines import need_plugin
 from onnx import TensorProto, helper
 
-from mra_export import libraries, tensorrt_api
+from mra_export import tensorrt_api
 from mra_export.contract import (
     ATTRIBUTE_NAMES,
     OP_DOMAIN,
@@ -39,13 +39,8 @@ TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorP
 
 
 @pytest.fixture(scope="module")
-def plugin_path(request: pytest.FixtureRequest) -> Path:
-    """A machine that can build the library must have built it."""
-    if libraries.find("trt_plugin") is None and shutil.which("nvcc") is None:
-        pytest.skip("libmra_trt.so is not built: there is no nvcc")
-    if libraries.find("trt_plugin") is None:
-        request.getfixturevalue("tensorrt_headers")
-    return libraries.require("trt_plugin")
+def plugin_path() -> Path:
+    return need_plugin()
 
 
 class TensorRT:
@@ -251,10 +246,7 @@ def test_the_library_exports_two_functions_and_needs_no_cuda(plugin_path: Path) 
     assert hasattr(library, "getCreators")
     assert hasattr(library, "setLoggerFinder")
     assert not hasattr(library, "mra_attention_cuda")
-    readelf = shutil.which("readelf")
-    if readelf is None:
-        pytest.skip("no readelf: what the library links could not be listed")
-    listing = subprocess.run([readelf, "-d", str(plugin_path)], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(["readelf", "-d", str(plugin_path)], check=True, capture_output=True, text=True).stdout
     needed = [line for line in listing.splitlines() if "NEEDED" in line]
     assert needed
     assert not any("cuda" in line or "nvinfer" in line or "tensorrt" in line for line in needed)

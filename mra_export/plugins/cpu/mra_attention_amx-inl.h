@@ -33,8 +33,7 @@ struct HWY_ALIGN TileConfig {
 };
 
 MRA_USES_TILES inline void LoadTileConfig() {
-  // Static: GCC 12 takes the instruction to read one pointer's worth, and would drop what fills the rest of a variable on the
-  // stack.
+  // Static: GCC 12 takes the instruction to read 8 bytes only, and leaves the rest of a variable on the stack unwritten.
   static constexpr TileConfig kConfig;
   _tile_loadconfig(&kConfig);
 }
