@@ -60,7 +60,7 @@ class _TerminatedError(BaseException):
 
 @contextlib.contextmanager
 def _cleaning_up_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: nothing half-written stays, nor a child. Ctrl-C does not reach a job in the background.
+    """SIGTERM ends the block as Ctrl-C does: nothing half-written stays, nor a child. Ctrl-C reaches no job in the background.
 
     A signal that whoever started us handles or ignores stays as it is, as Python has it with Ctrl-C.
     """
@@ -197,7 +197,8 @@ def main() -> None:
     mra-export bench BUNDLE                 time them
     mra-export triton BUNDLE REPO           serve it with Triton
 
-    Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 143 terminated, 1 anything else.
+    Exit codes: 0 done, 2 wrong usage, 3 a runtime differs, 4 a bundle or library does not fit, 130 interrupted, 143 terminated,
+    1 anything else.
     """
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-import tools
 from hypothesis import HealthCheck, settings
 
-tools.put_on_path()
+programs.put_on_path()
 
 # Test tensors are small and test processes many: threads beyond the first cost far more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

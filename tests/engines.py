@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
-import tools
 
 from mra_export import libraries, tensorrt_api
 from mra_export.bundle import Bundle, file_entry
@@ -46,7 +46,7 @@ ENGINE: dict[str, Any] = {
 
 def need_plugin() -> Path:
     """The built plugin library. Skips where it could not be built; a machine that can build it must have it."""
-    if libraries.find("trt_plugin") is None and tools.nvcc() is None:
+    if libraries.find("trt_plugin") is None and programs.nvcc() is None:
         pytest.skip("libmra_trt.so is not built: there is no nvcc")
     return libraries.require("trt_plugin")
 

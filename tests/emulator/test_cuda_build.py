@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import programs
 import pytest
-import tools
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "mra_export" / "plugins" / "cuda" / "mra_attention_cuda.cu"
@@ -83,7 +83,7 @@ class Compiled:
 
 
 def find_nvcc() -> str:
-    found = tools.nvcc()
+    found = programs.nvcc()
     if found is None:
         pytest.skip("no nvcc: put it on PATH, set CUDACXX, or pip install nvidia-cuda-nvcc")
     return str(found)

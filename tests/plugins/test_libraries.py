@@ -7,8 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import programs
 import pytest
-import tools
 
 import mra_export
 from mra_export import kernel, libraries
@@ -55,7 +55,7 @@ def test_directory_variable_wins_over_the_package(tmp_path: Path, monkeypatch: p
 def test_what_can_be_built_here_is_built() -> None:
     """A part that was left out would only make its tests skip."""
     assert [name for name in libraries.FILES if name != "trt_plugin" and libraries.find(name) is None] == []
-    nvcc = tools.nvcc()
+    nvcc = programs.nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: nothing of CUDA was built")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

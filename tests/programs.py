@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import sysconfig
 from pathlib import Path
+
+MAKE = Path(__file__).resolve().parent.parent / "mra_export" / "plugins" / "make"
 
 
 def put_on_path() -> None:
@@ -23,7 +24,10 @@ def put_on_path() -> None:
 
 
 def nvcc() -> Path | None:
-    """That of CUDACXX, on PATH, in CUDA's usual place, or of this environment's packages (nvidia-cuda-nvcc)."""
-    named = (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
-    ours = Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc")
-    return next((path for path in (*map(Path, filter(None, named)), *ours) if path.is_file()), None)
+    """The one that the build takes, or None."""
+    sys.path.insert(0, str(MAKE))
+    try:
+        import find_nvcc
+    finally:
+        sys.path.remove(str(MAKE))
+    return find_nvcc.find()
