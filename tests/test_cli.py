@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -417,10 +418,12 @@ def test_results_go_to_stdout_and_nothing_else(bundles) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_traceback(bundles) -> None:
-    command = f"{sys.executable} -c 'from mra_export.cli import main; main()' inspect {bundles('fp32')} --json | head -c 1"
+    inspect = [sys.executable, "-c", "from mra_export.cli import main; main()", "inspect", str(bundles("fp32")), "--json"]
+    command = f"{shlex.join(inspect)} | head -c 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )
+    assert done.stdout == "{"
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -84,7 +85,7 @@ def test_an_outside_project_gets_the_golden_outputs(bundles, tmp_path) -> None:
     (source / "CMakeLists.txt").write_text(CMAKE)
     (source / "dump.cc").write_text(DUMP)
     (source / "kernel.cc").write_text("#include <mra_attention.h>\nint main() { return mra_attention_contract_version() - 1; }\n")
-    build = cmake_build(source, tmp_path / "build")
+    build = cmake_build(source, tmp_path / "a build")
     run(build / "kernel")
     assert Path((build / "ort_ops.txt").read_text()).samefile(libraries.require("ort_ops"))
     for inputs, outputs in zip(*Bundle.load(bundles("fp32")).golden(), strict=True):
@@ -161,7 +162,7 @@ int main(int argc, char** argv) {
         "pkg-config", "--cflags", "--libs", "mra_export", env={**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib/pkgconfig")}
     )
     options = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", f"-Wl,-rpath,{prefix / 'lib'}"]
-    run("cc", *options, source, "-o", tmp_path / "plain", *flags.split())
+    run("cc", *options, source, "-o", tmp_path / "plain", *shlex.split(flags))
     assert run(tmp_path / "plain", bundles("fp32")) == "fill-mask\n"
     assert "is not a folder" in run(tmp_path / "plain", tmp_path / "none")
 
