@@ -60,6 +60,18 @@ $(OLD)/%: tests/deploy/%.txt .venv/packages
 	@echo "Fetching $* for the heavy tests"
 	@rm -rf $@ && $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || { rm -rf $@; echo "No $* here: its tests will be skipped"; }
 
+# What the wheels are built and checked with, apart from .venv: no compiler of this machine's own.
+WHEEL := mra_export/plugins/wheel
+.PHONY: wheel
+wheel: $(OLD)/wheel ## The sdist and the wheels for Linux with glibc 2.28 or newer, x86-64 and aarch64, in dist/ (any x86-64 Linux).
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py
+	@$(BIN)/python $(WHEEL)/build.py --tools $(OLD)/wheel $(WHEEL_ARGS)
+
+$(OLD)/wheel: $(WHEEL)/requirements.txt constraints.txt | .venv/pyvenv.cfg
+	@echo "Fetching a C++ compiler for older systems, nvcc and what checks wheels: 0.3 GB, 0.8 GB in $@"
+	@rm -rf $@ && $(PIP) install --target $@ -c constraints.txt -r $< && \
+	  $(PIP) install --target $@/aarch64 --platform manylinux2014_aarch64 --only-binary :all: --no-deps -c constraints.txt nvidia-cuda-runtime || { rm -rf $@; exit 1; }
+
 lint: .venv/installed ## ruff, mypy and clang-format.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'mra_export/*.cc' 'mra_export/*.h' 'mra_export/*.hpp' 'examples/*.cc' 'mra_export/*.cu' 'mra_export/*.cuh' 'tests/*.cc' 'benchmarks/*.cc' 'tests/*.h' 'tests/*.cu' | grep -v third_party)

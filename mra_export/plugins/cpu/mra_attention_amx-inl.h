@@ -16,11 +16,11 @@
 #include "mra_attention_products-inl.h"
 #include "mra_attention_simd-inl.h"
 
+#if HWY_NATIVE_DOT_BF16
+
 HWY_BEFORE_NAMESPACE();
 namespace mra {
 namespace HWY_NAMESPACE {
-
-#if HWY_NATIVE_DOT_BF16
 
 // Tiles 0 to 3: sums, 16 x 16 float32, (row half, column half). 4, 5: left operand, 16 rows of 32 bfloat16. 6, 7: right operand, 16
 // pairs of rows, 16 columns of (low, high).
@@ -158,10 +158,10 @@ struct TileProducts : PairProducts {
   static void End() { ReleaseTiles(); }
 };
 
-#endif  // HWY_NATIVE_DOT_BF16
-
 }  // namespace HWY_NAMESPACE
 }  // namespace mra
 HWY_AFTER_NAMESPACE();
+
+#endif  // HWY_NATIVE_DOT_BF16
 
 #endif  // include guard per target
