@@ -46,7 +46,7 @@ test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test but t
 	@MRA_TEST_ORT_OLD="$(CURDIR)/$(OLD)/onnxruntime" MRA_TEST_TRANSFORMERS_OLD="$(CURDIR)/$(OLD)/transformers" \
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS)
 
-test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/onnxruntime-gpu ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
+test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/actionlint $(OLD)/onnxruntime-gpu $(OLD)/onnxruntime-aarch64 ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
 	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS)
 
 # Old releases that the tests run against, each in a folder of its own. Without a network those tests skip and say so.
@@ -56,16 +56,20 @@ $(OLD)/%: tests/old/%.txt .venv/packages
 
 # What the heavy tests start or check with. Without a network they skip and say so.
 $(OLD)/triton $(OLD)/manifests $(OLD)/onnxruntime-gpu: NO_DEPS := --no-deps
+$(OLD)/onnxruntime-aarch64: NO_DEPS := --no-deps --only-binary :all: --platform manylinux_2_28_aarch64
 $(OLD)/%: tests/deploy/%.txt .venv/packages
 	@echo "Fetching $* for the heavy tests"
 	@rm -rf $@ && $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || { rm -rf $@; echo "No $* here: its tests will be skipped"; }
 
 # What the wheels are built and checked with, apart from .venv: no compiler of this machine's own.
 WHEEL := mra_export/plugins/wheel
-.PHONY: wheel
+.PHONY: wheel test-wheel
 wheel: $(OLD)/wheel ## The sdist and the wheels for Linux with glibc 2.28 or newer, x86-64 and aarch64, in dist/ (any x86-64 Linux).
 	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py
 	@$(BIN)/python $(WHEEL)/build.py --tools $(OLD)/wheel $(WHEEL_ARGS)
+
+test-wheel: .venv/installed $(OLD)/onnxruntime-aarch64 ## What make wheel left in dist/: contents, use without a compiler, aarch64 under an emulator.
+	@$(BIN)/python -m pytest -m heavy tests/wheel $(PYTEST_ARGS)
 
 $(OLD)/wheel: $(WHEEL)/requirements.txt constraints.txt | .venv/pyvenv.cfg
 	@echo "Fetching a C++ compiler for older systems, nvcc and what checks wheels: 0.3 GB, 0.8 GB in $@"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import Target
-from kernel_cases import DTYPES, assert_close, case, cast, hostile_cases, selection_by_contract
+from kernel_cases import DTYPES, case, cast, check_against_formula, hostile_cases
 from oracles import OpCase, dense_attention, op_cases
 
 from mra_export import kernel
@@ -19,20 +19,6 @@ from mra_export.contract import Attributes
 from mra_export.errors import ContractError
 
 pytestmark = pytest.mark.usefixtures("target")
-
-
-def check_against_formula(made: OpCase, dtype: str, num_threads: int = 2) -> None:
-    """Selection and scores bit for bit as the contract says; arithmetic as the formula says, with the selection forced equal."""
-    made = cast(made, dtype)
-    chosen, excluded, score = kernel.selection(made.query, made.key, made.mask, made.attributes, num_threads=num_threads)
-    expected_chosen, expected_excluded, expected_score = selection_by_contract(made)
-    np.testing.assert_array_equal(score, expected_score)
-    np.testing.assert_array_equal(chosen, expected_chosen)
-    np.testing.assert_array_equal(excluded, expected_excluded)
-
-    wide = [x.astype(np.float64) for x in made.arrays[:3]]
-    expected = dense_attention(*wide, made.mask, made.attributes, chosen=chosen, excluded=excluded)
-    assert_close(made, dtype, kernel.attention(*made.arrays, made.attributes, num_threads=num_threads), expected.context)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
