@@ -32,14 +32,18 @@ struct HWY_ALIGN TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-MRA_USES_TILES inline void LoadTileConfig() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-}
+// Constant: GCC takes _tile_loadconfig for a reader of eight bytes, and would not store the others of a variable.
+constexpr TileConfig kTileConfig;
+
+MRA_USES_TILES inline void LoadTileConfig() { _tile_loadconfig(&kTileConfig); }
 MRA_USES_TILES inline void ReleaseTiles() { _tile_release(); }
+
+// What was written before, tiles read from memory: GCC does not know that _tile_loadd reads any.
+HWY_INLINE void FinishStores() { __asm__ volatile("" : : : "memory"); }
 
 // to (32 x 32 float32) = a (32 x depth bfloat16) times b (depth / 2, 32, 2); depth a multiple of 32.
 MRA_USES_TILES inline void MultiplyTiles(const uint16_t* a, int64_t depth, const uint16_t* b, float* to) {
+  FinishStores();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -65,6 +69,7 @@ MRA_USES_TILES inline void MultiplyTiles(const uint16_t* a, int64_t depth, const
 // 32, 2).
 MRA_USES_TILES inline void AddValueTiles(const uint16_t* const* values, int64_t row, int64_t blocks, const uint16_t* planes,
                                          float* to) {
+  FinishStores();
   _tile_loadd(0, to, kBlock * 4);
   _tile_loadd(1, to + 16, kBlock * 4);
   for (int64_t n = 0; n < blocks; ++n) {
