@@ -65,9 +65,11 @@ inline void Store(int t, void* base, int64_t stride) {
   }
 }
 
+// As the hardware has it, a subnormal number counts as 0.
 inline float Widen(const uint8_t* bytes) {
   uint16_t half;
   memcpy(&half, bytes, 2);
+  if ((half & 0x7f80) == 0) half &= 0x8000;
   const uint32_t bits = uint32_t{half} << 16;
   float value;
   memcpy(&value, &bits, 4);

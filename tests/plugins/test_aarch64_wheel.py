@@ -1,4 +1,4 @@
-"""The aarch64 wheel under qemu-user: every library loads, the kernel computes what its page says, a bundle gives its golden outputs.
+"""The aarch64 wheel under qemu-user: its libraries load, the kernel computes what its page says, a bundle gives its golden outputs.
 
 `make wheel` makes it, `make test-wheel` runs this: heavy.
 """

@@ -7,7 +7,7 @@ set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
 # CUDA 13 takes libc++ on some systems only. Its headers then add isnan and isinf to those of libc++, but not where GNU's <math.h> was
 # read; the kernels use neither, and what runs on the GPU is the same with both libraries.
 # In the environment, where CMake's own first look at nvcc finds them.
-set(mra_libcxx "-D_ALLOW_UNSUPPORTED_LIBCPP -D_GLIBCXX_MATH_H=1 -Xcompiler=-Wno-unused-function")
+set(mra_libcxx "-D_ALLOW_UNSUPPORTED_LIBCPP -D_GLIBCXX_MATH_H=1")
 if(NOT "$ENV{CUDAFLAGS}" MATCHES _ALLOW_UNSUPPORTED_LIBCPP)
   set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} ${mra_libcxx}")
 endif()

@@ -39,7 +39,7 @@ MRA_USES_TILES inline void LoadTileConfig() { _tile_loadconfig(&kTileConfig); }
 MRA_USES_TILES inline void ReleaseTiles() { _tile_release(); }
 
 // What was written before, tiles read from memory: GCC does not know that _tile_loadd reads any.
-HWY_INLINE void FinishStores() { __asm__ volatile("" : : : "memory"); }
+MRA_USES_TILES inline void FinishStores() { __asm__ volatile("" : : : "memory"); }
 
 // to (32 x 32 float32) = a (32 x depth bfloat16) times b (depth / 2, 32, 2); depth a multiple of 32.
 MRA_USES_TILES inline void MultiplyTiles(const uint16_t* a, int64_t depth, const uint16_t* b, float* to) {
