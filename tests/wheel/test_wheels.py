@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from email.parser import BytesParser
 from pathlib import Path
@@ -83,6 +85,25 @@ def test_metadata(lib: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_payload() == (wheels.ROOT / "README.md").read_text()
     assert {"tensorrt", "tensorrt-rtx", "serve", "plot", "all"} <= set(metadata.get_all("Provides-Extra"))
+
+
+@pytest.mark.timeout(1800)
+def test_the_sdist(tmp_path: Path) -> None:
+    """It holds all of the repository but the benchmarks' results, and pip makes a wheel of it in another folder."""
+    sdist = wheels.DIST / f"mra_export-{mra_export.__version__}.tar.gz"
+    if not sdist.is_file():
+        pytest.skip(f"no {sdist.name} in dist/: make wheel")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=wheels.ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {name for name in tracked if not name.startswith("benchmarks/results/")} <= held
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, sdist]
+    settings = ["-C", "cmake.define.MRA_BUILD_CUDA=OFF"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # pip's cmake and ninja
+    subprocess.run([*command, *settings], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True, timeout=1700)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {f"mra_export/lib/{libraries.FILES[name]}" for name in ("kernels", "ort_ops", "session")} <= set(archive.namelist())
 
 
 @pytest.fixture(scope="module")
