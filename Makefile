@@ -61,7 +61,7 @@ test: .venv/installed $(OLD)/onnxruntime $(OLD)/transformers ## Every test but t
 	  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not heavy" $(PYTEST_ARGS); status=$$?; \
 	  $(BIN)/python $(HELPERS)/left_out.py tests; exit $$status
 
-test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/onnxruntime-gpu ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
+test-heavy: .venv/installed $(OLD)/triton $(OLD)/ray $(OLD)/manifests $(OLD)/actionlint $(OLD)/onnxruntime-gpu $(OLD)/onnxruntime-aarch64 ## Real servers on loopback (Triton, Ray Serve), deployment files by their schemas, and onnxruntime-gpu.
 	@$(BIN)/python -m pytest -m heavy $(PYTEST_ARGS); status=$$?; \
 	  $(BIN)/python $(HELPERS)/left_out.py tests; exit $$status
 
@@ -76,9 +76,27 @@ $(OLD)/triton: SIZE := 0.07 GB
 $(OLD)/ray: SIZE := 0.14 GB
 $(OLD)/manifests: SIZE := 0.04 GB
 $(OLD)/onnxruntime-gpu: SIZE := 0.26 GB
+$(OLD)/actionlint: SIZE := 0.01 GB
+$(OLD)/onnxruntime-aarch64: SIZE := 0.02 GB
+$(OLD)/onnxruntime-aarch64: NO_DEPS := --no-deps --only-binary :all: --platform manylinux_2_28_aarch64
 $(OLD)/%: tests/deploy/%.txt .venv/packages
 	@echo "Fetching $* for the heavy tests ($(SIZE))"
 	@rm -rf $@; $(OPTIONAL) "heavy tests of $*" $(PIP) install $(NO_DEPS) --target $@ -r $< && touch $@ || rm -rf $@
+
+# What the wheels are built and checked with, apart from .venv: no compiler of this machine's own.
+WHEEL := mra_export/plugins/wheel
+.PHONY: wheel test-wheel
+wheel: $(OLD)/wheel ## The sdist and the wheels for Linux with glibc 2.28 or newer, x86-64 and aarch64, in dist/ (any x86-64 Linux).
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python mra_export/plugins/tensorrt/fetch_headers.py
+	@$(BIN)/python $(WHEEL)/build.py --tools $(OLD)/wheel $(WHEEL_ARGS)
+
+test-wheel: .venv/installed $(OLD)/onnxruntime-aarch64 ## What make wheel left in dist/: contents, use without a compiler, aarch64 under an emulator.
+	@$(BIN)/python -m pytest -m heavy tests/wheel $(PYTEST_ARGS)
+
+$(OLD)/wheel: $(WHEEL)/requirements.txt constraints.txt | .venv/pyvenv.cfg
+	@echo "Fetching a C++ compiler for older systems, nvcc and what checks wheels: 0.3 GB, 0.8 GB in $@"
+	@rm -rf $@ && $(PIP) install --target $@ -c constraints.txt -r $< && \
+	  $(PIP) install --target $@/aarch64 --platform manylinux2014_aarch64 --only-binary :all: --no-deps -c constraints.txt nvidia-cuda-runtime || { rm -rf $@; exit 1; }
 
 lint: .venv/installed ## ruff, mypy and clang-format.
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -6,8 +6,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from oracles import OpCase, make_case
+from oracles import OpCase, dense_attention, make_case
 
+from mra_export import kernel
 from mra_export.contract import BLOCK_SIZE, Attributes, attention_scale
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -118,3 +119,17 @@ def selection_by_contract(made: OpCase) -> tuple[np.ndarray, np.ndarray, np.ndar
             chosen[b, h].ravel()[order] = True
             excluded[b, h] = rank[b, h] >= flat[order[-1]]
     return chosen, excluded, score
+
+
+def check_against_formula(made: OpCase, dtype: str, num_threads: int = 2) -> None:
+    """Selection and scores bit for bit as the contract says; arithmetic as the formula says, with the selection forced equal."""
+    made = cast(made, dtype)
+    chosen, excluded, score = kernel.selection(made.query, made.key, made.mask, made.attributes, num_threads=num_threads)
+    expected_chosen, expected_excluded, expected_score = selection_by_contract(made)
+    np.testing.assert_array_equal(score, expected_score)
+    np.testing.assert_array_equal(chosen, expected_chosen)
+    np.testing.assert_array_equal(excluded, expected_excluded)
+
+    wide = [x.astype(np.float64) for x in made.arrays[:3]]
+    expected = dense_attention(*wide, made.mask, made.attributes, chosen=chosen, excluded=excluded)
+    assert_close(made, dtype, kernel.attention(*made.arrays, made.attributes, num_threads=num_threads), expected.context)
