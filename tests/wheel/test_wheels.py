@@ -88,6 +88,19 @@ def test_metadata(lib: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "tests", ["plugins/test_kernel.py", "plugins/test_ort.py", "plugins/test_ort_cuda.py", "tensorrt", "embed/test_session.py"]
+)
+def test_a_build_of_another_compiler_passes_the_same_tests(tests: str, tmp_path: Path) -> None:
+    lib = wheels.unpacked(os.uname().machine, tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not neon", f"tests/{tests}"]
+    environment = {**os.environ, libraries.DIRECTORY_VARIABLE: str(lib)}
+    done = subprocess.run(command, cwd=wheels.ROOT, env=environment, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.timeout(1800)
 def test_the_sdist(tmp_path: Path) -> None:
     """It holds all of the repository but the benchmarks' results, and pip makes a wheel of it in another folder."""
     sdist = wheels.DIST / f"mra_export-{mra_export.__version__}.tar.gz"

@@ -12,3 +12,4 @@ if(NOT "$ENV{CUDAFLAGS}" MATCHES _ALLOW_UNSUPPORTED_LIBCPP)
   set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} ${mra_libcxx}")
 endif()
 set(CMAKE_SHARED_LINKER_FLAGS_INIT -Wl,-s)
+set(MRA_FINALIZE ON)  # Zig links no crtbeginS.o
