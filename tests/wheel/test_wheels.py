@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from email.parser import BytesParser
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,13 @@ MACHINE = {"x86_64": "Advanced Micro Devices X86-64", "aarch64": "AArch64"}
 
 
 @pytest.fixture(scope="module", params=wheels.MACHINES)
-def lib(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheels.unpacked(request.param, tmp_path_factory.mktemp(request.param))
+def machine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-@pytest.fixture
-def machine(lib: Path) -> str:
-    return re.sub(r"\d+$", "", lib.parents[1].name)
+@pytest.fixture(scope="module")
+def lib(machine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheels.unpacked(machine, tmp_path_factory.mktemp(machine))
 
 
 def elf(*options: str | Path) -> str:
@@ -80,10 +80,11 @@ def test_what_c_and_cplusplus_programs_need(lib: Path) -> None:
 
 def test_metadata(lib: Path) -> None:
     (info,) = lib.parents[1].glob("mra_export-*.dist-info")
-    metadata = BytesParser().parsebytes((info / "METADATA").read_bytes())
+    head, _, text = (info / "METADATA").read_text().partition("\n\n")
+    metadata = Parser().parsestr(head)
     assert metadata["Version"] == mra_export.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert metadata.get_payload() == (wheels.ROOT / "README.md").read_text()
+    assert text == (wheels.ROOT / "README.md").read_text()
     assert {"tensorrt", "tensorrt-rtx", "serve", "plot", "all"} <= set(metadata.get_all("Provides-Extra"))
 
 
