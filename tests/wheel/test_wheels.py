@@ -67,6 +67,15 @@ def test_the_same_names_as_the_build_here(lib: Path) -> None:
             assert found[0] == found[1]
 
 
+def test_a_closed_library_leaves_nothing_for_the_end_of_the_process(lib: Path, machine: str) -> None:
+    if machine != os.uname().machine:
+        pytest.skip("another machine's: tests/plugins/test_aarch64_wheel.py")
+    close = "import _ctypes, sys; _ctypes.dlclose(_ctypes.dlopen(sys.argv[1], 2))"
+    for file in libraries.FILES.values():
+        done = subprocess.run([sys.executable, "-c", close, lib / file], capture_output=True, text=True)
+        assert done.returncode == 0, f"{file}: {done.returncode} {done.stderr}"
+
+
 def test_what_c_and_cplusplus_programs_need(lib: Path) -> None:
     assert {file.name for file in (lib.parent / "include").iterdir()} == set(HEADERS)
     version = (lib / "cmake/MraExport/MraExportConfigVersion.cmake").read_text()
