@@ -28,7 +28,9 @@ OPEN = """
 #include <stdio.h>
 int main(int argc, char** argv) {
   for (int n = 1; n < argc; ++n) {
-    if (dlopen(argv[n], RTLD_NOW | RTLD_LOCAL) == NULL) return puts(dlerror()), 1;
+    void* library = dlopen(argv[n], RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL) return puts(dlerror()), 1;
+    dlclose(library);
   }
   return 0;
 }
@@ -48,7 +50,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def test_every_library_opens_in_one_process(lib: Path, tmp_path: Path) -> None:
+def test_every_library_opens_and_closes(lib: Path, tmp_path: Path) -> None:
     (tmp_path / "open.c").write_text(OPEN)
     run("aarch64-linux-gnu-gcc", tmp_path / "open.c", "-o", tmp_path / "open", "-ldl")
     run(*aarch64.EMULATOR, tmp_path / "open", *(lib / file for file in libraries.FILES.values()))

@@ -23,6 +23,14 @@ LIBRARIES = ("libmra_attention.so", "libmra_ort.so", "libmra_trt.so", "libmra_tr
 """Each wheel holds all of them; test_libraries.py compares with mra_export/libraries.py."""
 WITH_KERNELS = LIBRARIES[:3]
 PLATFORM = "manylinux_2_28"
+AUDITWHEEL = """
+import platform, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+from auditwheel.main import main
+sys.exit(main())
+"""
+"""It reads wheels of every machine, but takes a platform only of the one that it believes to be on."""
 
 
 def main() -> None:
@@ -77,7 +85,8 @@ def cuda(tools: Path, machine: str) -> Path:
 def repaired(tools: Path, wheel: Path, machine: str) -> Path:
     """The wheel in DIST, named for the oldest glibc that it runs with. Ends the program where it needs a newer one."""
     before = set(DIST.iterdir())
-    run(tools, sys.executable, "-m", "auditwheel", "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat", "-w", DIST, wheel)
+    auditwheel = (sys.executable, "-c", AUDITWHEEL, machine)
+    run(tools, *auditwheel, "repair", "--plat", f"{PLATFORM}_{machine}", "--only-plat", "--wheel-dir", DIST, wheel)
     (made,) = set(DIST.iterdir()) - before
     return made
 
