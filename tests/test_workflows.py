@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def runs(workflow: Path) -> list[str]:
 def test_actionlint() -> None:
     done = subprocess.run([ACTIONLINT, *WORKFLOWS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_they_fit_githubs_schema_and_an_auditor_finds_nothing() -> None:
+    """actionlint's package fetches its program from elsewhere; these two bring all that they need."""
+    for command in (["check-jsonschema", "--builtin-schema", "vendor.github-workflows"], ["zizmor", "--offline", "--no-progress"]):
+        program = Path(sys.executable).with_name(command[0])
+        done = subprocess.run([program, *command[1:], *WORKFLOWS], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
